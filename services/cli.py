@@ -1,0 +1,56 @@
+"""The `heterorl` command: finds the verb, parses its arguments, runs it, and turns our errors into one sentence."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from services.runtime.errors import HeteroRLError
+
+VERBS: dict[str, str] = {
+    "learner": "train the policy and serve weights, prompts and acknowledgements",
+    "sampler": "generate, score and submit groups for a learner",
+    "reward": "score completions: serve on a socket, or score a file",
+    "relay": "serve a learner's weights to one site from a disk cache",
+    "status": "print a learner's state",
+    "top": "watch a run live in the terminal",
+    "why": "say in words why a run is slow or stuck",
+    "report": "write a run's report.html and summary.json",
+    "demo": "train a tiny policy over an emulated wide-area network, all on this machine",
+    "lab": "experiments: staleness, theory, replay",
+    "loss": "evaluate a loss on cases from a file",
+    "weights": "diff, apply, inspect and verify weight deltas",
+    "rollouts": "show, search and export a run's recorded groups",
+    "admin": "drain, evict, pause or resume",
+    "pki": "make certificates",
+    "config": "show the resolved configuration, or a commented default file",
+}
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser with the arguments of `verb` only: the other verbs are listed by name, not imported."""
+    parser = argparse.ArgumentParser(prog="heterorl", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == verb:
+            importlib.import_module(f"services.commands.{name}").add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Exit codes: docs/operations.md."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in words if word in VERBS), None)
+    arguments = build_parser(verb).parse_args(words)
+    try:
+        return importlib.import_module(f"services.commands.{arguments.verb}").run(arguments)
+    except HeteroRLError as error:
+        print(f"heterorl {arguments.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
