@@ -1,4 +1,4 @@
-"""The `heterorl` command: finds the verb, parses its arguments, runs it, and turns our errors into one sentence."""
+"""The `heterorl` command: finds the verb, parses its arguments, runs it, turns our errors into one sentence."""
 
 import argparse
 import importlib
@@ -29,7 +29,9 @@ VERBS: dict[str, str] = {
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser with the arguments of `verb` only: the other verbs are listed by name, not imported."""
-    parser = argparse.ArgumentParser(prog="heterorl", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="heterorl", description="Reinforcement learning of language models over wide-area networks."
+    )
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
