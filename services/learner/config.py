@@ -1,0 +1,217 @@
+"""The learner's configuration: `run.toml`. Every key's docstring is its documentation, units included."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from services.learner.losses.settings import LossSettings
+from services.runtime.config import Section
+from services.wire.tls import TlsFiles
+
+
+class RunSection(Section):
+    """What the run is called, where it lives, how long it goes."""
+
+    id: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run: letters, digits, dot, dash, underscore."""
+    state_dir: Path = Path("runs/run")
+    """Folder of the learner's state: journal, objects, checkpoints, metrics.jsonl. Locked by one learner at a time."""
+    steps: int = Field(default=1000, ge=0)
+    """Optimizer steps that end the run; 0 runs until it is stopped."""
+    seed: int = 0
+    """Seed of prompt order, leases and the trainer."""
+    resume: bool = True
+    """Go on from the newest checkpoint in state_dir; false refuses to start on a folder that holds one."""
+    export_dir: Path | None = None
+    """Where the final policy is written in Hugging Face format; unset writes it to state_dir/policy."""
+
+
+class ListenSection(Section):
+    """The one port of the learner, and its metrics."""
+
+    address: str = "0.0.0.0:7443"
+    """HOST:PORT of the gRPC server; port 0 takes a free one (printed, and written to state_dir/address)."""
+    insecure: bool = False
+    """Serve without TLS: loopback addresses only."""
+    metrics_address: str = ""
+    """HOST:PORT of the Prometheus endpoint; empty for none."""
+
+
+class PolicySection(Section):
+    """The model that is trained."""
+
+    path: Path = Path("model")
+    """Hugging Face directory: config.json, tokenizer with chat template, safetensors."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the forward pass under autocast; master weights and log-probs are always float32."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory in the backward pass."""
+
+
+class DataSection(Section):
+    """Prompts and reference answers."""
+
+    train: Path = Path("train.jsonl")
+    """JSONL file of training prompts."""
+    prompt_key: str = ""
+    """Key of the prompt in each line; empty detects "prompt", "question" (GSM8K) or "problem" (MATH)."""
+    answer_key: str = ""
+    """Key of the reference answer; empty detects "answer" or "solution" (MATH)."""
+    eval: Path | None = None
+    """JSONL file of held-out prompts; unset for no evaluation."""
+    shuffle: bool = True
+    """Shuffle the prompts in every epoch, by run.seed."""
+    max_prompt_tokens: int = Field(default=768, ge=1)
+    """Longer prompts are dropped by the sampler and counted."""
+    system_prompt: str = ""
+    """System message put before each prompt; empty for none."""
+
+
+class SamplingSection(Section):
+    """How samplers draw completions."""
+
+    group_size: int = Field(default=8, ge=2)
+    """Completions per prompt, G."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits, at the sampler and at the learner."""
+    max_completion_tokens: int = Field(default=2048, ge=1)
+    """Longest completion, in tokens; one that reaches it is over-long."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus bound; below 1 only with engines that report log-probs of the truncated distribution."""
+    top_k: int = Field(default=0, ge=0)
+    """Most likely tokens kept; 0 is off. Above 0 as for top_p."""
+    stop: list[str] = []
+    """Texts that end a completion."""
+
+
+class EvalSection(Section):
+    """In-loop evaluation on held-out prompts, generated and scored by the samplers."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between evaluations; 0 evaluates only at the start and the end."""
+    at_start: bool = True
+    """Evaluate version 0 before the first step: training waits for it."""
+    at_end: bool = True
+    """Evaluate the final version before the run ends."""
+    prompts: int = Field(default=128, ge=1)
+    """Prompts of data.eval used in each round (the first ones)."""
+    samples: int = Field(default=1, ge=1)
+    """Completions per prompt."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Temperature of evaluation; 0 is greedy."""
+
+
+class GraderSection(Section):
+    """One grader of the reward."""
+
+    name: str = "math"
+    """Registered grader; docs/rewards.md lists them."""
+    weight: float = 1.0
+    """Factor of its score in the reward."""
+    options: dict[str, str | int | float | bool | list[str]] = {}
+    """The grader's own options."""
+
+
+class StalenessSection(Section):
+    """How old a group may be when it is trained."""
+
+    max_staleness: int = Field(default=8, ge=0)
+    """Most versions between a group's policy and the learner's when the group is trained; 0 is the online mode."""
+    max_age_s: float = Field(default=0.0, ge=0)
+    """Also drop groups that waited longer than this at the learner, in seconds; 0 is off."""
+
+
+class BatchSection(Section):
+    """What one optimizer step consumes."""
+
+    groups_per_step: int = Field(default=32, ge=1)
+    """Groups (prompts) per optimizer step, P; the batch has P × G rows."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Most tokens, padding included, in one forward and backward pass; results do not depend on it."""
+
+
+class OptimizerSection(Section):
+    """AdamW on float32 master weights."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's denominator guard."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up, then constant."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient norm at which gradients are clipped."""
+
+
+class PublishSection(Section):
+    """How versions are encoded and kept."""
+
+    codec: Literal["sx", "xc"] = "sx"
+    """Delta encoding; docs/weights.md compares them."""
+    keep_versions: int = Field(default=64, ge=2)
+    """Versions whose deltas stay on disk; older receivers get a keyframe."""
+    workers: int = Field(default=2, ge=1)
+    """Threads that encode."""
+    max_mbit_s: float = Field(default=0.0, ge=0)
+    """Rate limit of weight bytes for each sampler, in Mbit/s; 0 is off."""
+    sign: bool = True
+    """Sign manifests with an Ed25519 key kept in state_dir."""
+
+
+class LeaseSection(Section):
+    """Prompt leases and sessions."""
+
+    ttl_s: float = Field(default=120.0, gt=0)
+    """Time-to-live of a lease without a heartbeat, in seconds."""
+    heartbeat_s: float = Field(default=10.0, gt=0)
+    """Time between a sampler's heartbeats, in seconds."""
+    session_ttl_s: float = Field(default=35.0, gt=0)
+    """A sampler that is silent for longer is lost, in seconds."""
+    ahead: float = Field(default=1.0, ge=0)
+    """Pacing: groups out or waiting may reach (max_staleness × ahead + 1) × groups_per_step."""
+
+
+class CheckpointSection(Section):
+    """Full state for restart."""
+
+    every_steps: int = Field(default=50, ge=0)
+    """Optimizer steps between checkpoints; 0 writes only the last."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+
+
+class LearnerConfig(Section):
+    """The tree of run.toml."""
+
+    run: RunSection = RunSection()
+    listen: ListenSection = ListenSection()
+    tls: TlsFiles | None = None
+    """Certificates; needed unless listen.insecure."""
+    policy: PolicySection = PolicySection()
+    data: DataSection = DataSection()
+    sampling: SamplingSection = SamplingSection()
+    eval: EvalSection = EvalSection()
+    reward: list[GraderSection] = [GraderSection()]
+    """The reward is the weighted sum of these graders."""
+    staleness: StalenessSection = StalenessSection()
+    batch: BatchSection = BatchSection()
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSection = OptimizerSection()
+    publish: PublishSection = PublishSection()
+    lease: LeaseSection = LeaseSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @model_validator(mode="after")
+    def _tls_or_insecure(self) -> "LearnerConfig":
+        if self.tls is None and not self.listen.insecure:
+            raise ValueError(
+                "set [tls] (see `heterorl pki dev`), or listen.insecure = true on a loopback address"
+            )
+        return self
