@@ -211,7 +211,5 @@ class LearnerConfig(Section):
     @model_validator(mode="after")
     def _tls_or_insecure(self) -> "LearnerConfig":
         if self.tls is None and not self.listen.insecure:
-            raise ValueError(
-                "set [tls] (see `heterorl pki dev`), or listen.insecure = true on a loopback address"
-            )
+            raise ValueError("set [tls] (see `heterorl pki dev`), or listen.insecure = true on a loopback address")
         return self

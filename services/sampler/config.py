@@ -79,9 +79,7 @@ class SamplerConfig(Section):
     @model_validator(mode="after")
     def _tls_or_insecure(self) -> "SamplerConfig":
         if self.tls is None and not self.connect.insecure:
-            raise ValueError(
-                "set [tls] (see `heterorl pki dev`), or connect.insecure = true on a loopback address"
-            )
+            raise ValueError("set [tls] (see `heterorl pki dev`), or connect.insecure = true on a loopback address")
         if self.connect.insecure and not self.connect.sampler_id:
             raise ValueError("set connect.sampler_id: without a certificate the sampler has no name")
         return self

@@ -36,9 +36,7 @@ def from_grader(message: types_pb2.GraderSpec) -> t.GraderSpec:
 
 def to_run_settings(settings: t.RunSettings) -> control_pb2.RunSettings:
     return control_pb2.RunSettings(
-        model_files=[
-            types_pb2.ModelFile(name=f.name, object=to_object(f.object)) for f in settings.model_files
-        ],
+        model_files=[types_pb2.ModelFile(name=f.name, object=to_object(f.object)) for f in settings.model_files],
         model_files_sha256=settings.model_files_sha256,
         vocab_size=settings.vocab_size,
         weights_dtype=settings.weights_dtype,
@@ -59,13 +57,9 @@ def from_run_settings(message: control_pb2.RunSettings) -> t.RunSettings:
         name = file.name
         plain = name.isascii() and name.isprintable() and 0 < len(name) <= 128 and not name.startswith(".")
         if not plain or "/" in name or "\\" in name:
-            raise BadInputError(
-                "a model file's name is not a plain file name; the learner is damaged or hostile"
-            )
+            raise BadInputError("a model file's name is not a plain file name; the learner is damaged or hostile")
     return t.RunSettings(
-        model_files=tuple(
-            t.ModelFile(name=f.name, object=from_object(f.object)) for f in message.model_files
-        ),
+        model_files=tuple(t.ModelFile(name=f.name, object=from_object(f.object)) for f in message.model_files),
         model_files_sha256=message.model_files_sha256,
         vocab_size=message.vocab_size,
         weights_dtype=message.weights_dtype,
@@ -121,15 +115,11 @@ def from_lease(message: control_pb2.Lease) -> t.Lease:
 def to_engine(engine: t.EngineInfo | None) -> control_pb2.EngineInfo | None:
     if engine is None:
         return None
-    return control_pb2.EngineInfo(
-        kind=engine.kind, version=engine.version, device=engine.device, dtype=engine.dtype
-    )
+    return control_pb2.EngineInfo(kind=engine.kind, version=engine.version, device=engine.device, dtype=engine.dtype)
 
 
 def from_engine(message: control_pb2.EngineInfo) -> t.EngineInfo:
-    return t.EngineInfo(
-        kind=message.kind, version=message.version, device=message.device, dtype=message.dtype
-    )
+    return t.EngineInfo(kind=message.kind, version=message.version, device=message.device, dtype=message.dtype)
 
 
 def to_heartbeat(session: t.Session, report: t.SamplerReport) -> control_pb2.HeartbeatRequest:

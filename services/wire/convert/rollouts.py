@@ -52,8 +52,7 @@ def decode_group(payload: bytes) -> t.ScoredGroup:
                 reward=completion.reward,
                 finish_reason=enum_of(t.FinishReason, completion.finish_reason),
                 version_spans=tuple(
-                    t.VersionSpan(end=span.end, policy_version=span.policy_version)
-                    for span in completion.version_spans
+                    t.VersionSpan(end=span.end, policy_version=span.policy_version) for span in completion.version_spans
                 ),
                 grader_scores=dict(completion.grader_scores),
             )

@@ -19,9 +19,7 @@ def enum_of(kind: type[_EnumT], value: int) -> _EnumT:
     try:
         return kind(value)
     except ValueError:
-        raise BadInputError(
-            f"{kind.__name__} {value} is not known; both ends need the same release"
-        ) from None
+        raise BadInputError(f"{kind.__name__} {value} is not known; both ends need the same release") from None
 
 
 def parse(message: _MessageT, data: bytes, what: str) -> _MessageT:
