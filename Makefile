@@ -1,0 +1,88 @@
+# HeteroRL over gRPC. `make` lists the targets; `make demo` and `make test` do all of their own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := .stamps
+PYTEST_WORKERS ?= 2
+PROTOS := $(wildcard proto/heterorl/v1/*.proto)
+PROTOC_ARGS := --proto_path=proto --plugin=protoc-gen-mypy=.venv-proto/bin/protoc-gen-mypy \
+	--plugin=protoc-gen-mypy_grpc=.venv-proto/bin/protoc-gen-mypy_grpc
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMPS)/dev ## make the virtual environment with everything that runs and tests the project
+
+demo: $(STAMPS)/dev ## train a tiny policy over an emulated wide-area network (about 3 minutes, no GPU)
+	$(BIN)/heterorl demo
+
+test: $(STAMPS)/dev ## run all tests
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup tests
+
+test-unit: $(STAMPS)/dev ## run the unit tests only
+	$(BIN)/python -m pytest tests/unit
+
+verify: verify-format verify-lint verify-types verify-imports verify-proto verify-config ## every check that changes nothing
+
+verify-format: $(STAMPS)/dev
+	$(BIN)/ruff format --check services tests
+
+verify-lint: $(STAMPS)/dev
+	$(BIN)/ruff check services tests
+
+verify-types: $(STAMPS)/dev
+	$(BIN)/pyright
+
+verify-imports: $(STAMPS)/dev
+	$(BIN)/lint-imports
+
+verify-proto: $(STAMPS)/proto
+	@rm -rf build/proto && mkdir -p build/proto
+	@.venv-proto/bin/python -m grpc_tools.protoc $(PROTOC_ARGS) --python_out=build/proto --grpc_python_out=build/proto \
+		--mypy_out=quiet:build/proto --mypy_grpc_out=quiet:build/proto $(PROTOS)
+	@for file in build/proto/heterorl/v1/*; do diff -q $$file proto/heterorl/v1/$$(basename $$file) || \
+		{ echo "generated code differs from proto/: run make fix-proto"; exit 1; }; done; echo "generated code is current"
+
+verify-config: $(STAMPS)/dev
+	@for role in learner sampler; do $(BIN)/heterorl config default $$role | diff - deploy/config/$$role.toml || \
+		{ echo "deploy/config/$$role.toml differs from the config classes: run make fix-config"; exit 1; }; done; \
+		echo "deploy/config is current"
+
+fix: fix-format fix-proto fix-config ## write what verify checks
+
+fix-format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix services tests
+	$(BIN)/ruff format services tests
+
+fix-proto: $(STAMPS)/proto
+	.venv-proto/bin/python -m grpc_tools.protoc $(PROTOC_ARGS) --python_out=proto --grpc_python_out=proto \
+		--mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
+
+fix-config: $(STAMPS)/dev
+	@for role in learner sampler; do $(BIN)/heterorl config default $$role > deploy/config/$$role.toml; done
+
+bench-weights: $(STAMPS)/dev ## measure the weight codecs (docs/weights.md)
+	$(BIN)/python -m tests.bench.bench_weights --out tests/bench/results/weights.json
+
+clean: ## remove the environments and build output
+	rm -rf $(VENV) .venv-proto .venv-vllm $(STAMPS) build
+
+$(STAMPS)/dev: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found: name one with make PYTHON=python3.12 ..."; exit 1; }
+	@echo "setting up $(VENV): about 1.5 GB of packages with a CPU build of torch; the first time takes a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/proto: requirements/proto.txt
+	@test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip install --quiet --requirement requirements/proto.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+.PHONY: help setup demo test test-unit verify verify-format verify-lint verify-types verify-imports verify-proto \
+	verify-config fix fix-format fix-proto fix-config bench-weights clean
