@@ -44,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Exit codes: docs/operations.md."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in words if word in VERBS), None)
-    arguments = build_parser(verb).parse_args(words)
+    parser = build_parser(verb)
+    arguments, settings = parser.parse_known_args(words)
+    if "overrides" in arguments:  # a verb with a config file (`add_config_arguments`): it judges --section.key=value
+        arguments.overrides = settings
+    elif settings:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
         return importlib.import_module(f"services.commands.{arguments.verb}").run(arguments)
     except HeteroRLError as error:

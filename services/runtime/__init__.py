@@ -1,1 +1,1 @@
-"""What any process needs and what knows nothing of RL or gRPC: config, errors, logging, metrics, lifecycle, failpoints."""
+"""What any process needs, knowing nothing of RL or gRPC: config, errors, logging, lifecycle, failpoints."""

@@ -17,8 +17,8 @@
     │  └─ MismatchError ......... 78   the peer runs another model, tokenizer, dtype or protocol
     └─ FencedError .............. 79   a newer process with this identity took over
 
-Each class is also the nearest stdlib type, so that callers who know only those still catch it. A message is one sentence
-that says what is wrong and what to do. `services.wire.errors` maps the tree to gRPC status codes.
+Each class is also the nearest stdlib type, so that callers who know only those still catch it. A message is
+one sentence that says what is wrong and what to do. `services.wire.errors` maps the tree to gRPC codes.
 """
 
 from typing import ClassVar
