@@ -1,0 +1,85 @@
+"""Files that survive a crash, and folders that one process owns."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+
+from services.runtime.errors import StorageError
+
+LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def storage_errors(what: str) -> Generator[None]:
+    """Turns OSError inside into StorageError: "cannot WHAT: No space left on device: free disk space"."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        advice = {errno.ENOSPC: ": free disk space", errno.EDQUOT: ": the quota is used up"}.get(error.errno or 0, "")
+        raise StorageError(f"cannot {what}: {error.strerror or error}{advice}") from error
+
+
+def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Readers see the old content or the new one, and after a power loss too. Raises StorageError.
+
+    The content is on disk before its name is (fsync, rename), and the name is when this returns (fsync of the folder).
+    """
+    with storage_errors(f"write {path}"):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames and removals in a folder durable. Raises StorageError."""
+    with storage_errors(f"sync folder {directory}"):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked_directory(directory: Path) -> Generator[None]:
+    """Makes `directory` and owns it while the block runs. Raises StorageError if another process owns it.
+
+    The kernel frees the lock when the process ends, however it ends: no stale lock, no manual step after a crash.
+    """
+    with storage_errors(f"use folder {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _take(directory, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(directory: Path, descriptor: int) -> None:
+    with storage_errors(f"lock folder {directory}"):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+            raise StorageError(
+                f"folder {directory} is in use by process {owner}: stop that process, or set another folder"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

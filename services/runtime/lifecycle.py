@@ -1,0 +1,114 @@
+"""How a process starts, drains and ends.
+
+    run(main) ── signals ──► drain event ── main returns ──► exit code 0
+       │            └─ a second signal ends the process at once
+       ├─ systemd: READY, STATUS, STOPPING, WATCHDOG
+       └─ an exception anywhere ──► the one error that explains it, raised for `services.cli` to print
+
+`main` runs under one TaskGroup: `process.tasks`. A task that fails cancels the others, and `main`.
+"""
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import cast
+
+from services.runtime import failpoints, systemd
+from services.runtime.errors import ConfigError, FencedError, HeteroRLError, RefusedError
+from services.runtime.log import Logger, get_logger
+
+_DECISIVE = (FencedError, RefusedError, ConfigError)
+"""Errors that restarting does not heal: they win over the failures that they cause elsewhere in a group."""
+
+
+class Process:
+    """What `main` gets: its tasks, its drain event, and its voice towards systemd."""
+
+    def __init__(self, tasks: asyncio.TaskGroup, log: Logger) -> None:
+        self.tasks = tasks
+        self.drain = asyncio.Event()
+        """Set by the first SIGTERM or SIGINT, or by `request_drain`: finish what is in flight, then return."""
+        self._log = log
+
+    def ready(self, status: str) -> None:
+        """The process serves: systemd starts what waits for it."""
+        systemd.notify("READY=1", f"STATUS={status}")
+
+    def status(self, status: str) -> None:
+        """One line for `systemctl status`."""
+        systemd.notify(f"STATUS={status}")
+
+    def request_drain(self, reason: str) -> None:
+        """Begins the drain; the second call changes nothing."""
+        if not self.drain.is_set():
+            self._log.info("drain_started", reason=reason)
+            systemd.notify("STOPPING=1", f"STATUS=draining: {reason}")
+            self.drain.set()
+
+
+def run(main: Callable[[Process], Coroutine[object, object, None]], name: str) -> int:
+    """Runs `main` to its end and returns 0. `name` is for the log: "learner".
+
+    Raises the HeteroRLError that explains a failure, found inside exception groups. A fault of ours (any other
+    exception) is logged with its traceback under an id, and becomes a HeteroRLError that names the id.
+    """
+    log = get_logger(name)
+    try:
+        asyncio.run(_supervise(main, log))
+    except Exception as error:  # the end of the process: nothing above could do better
+        raise explain(error, log) from error
+    return 0
+
+
+async def _supervise(main: Callable[[Process], Awaitable[None]], log: Logger) -> None:
+    failpoints.arm_from_environment()
+    loop = asyncio.get_running_loop()
+    async with asyncio.TaskGroup() as tasks:
+        process = Process(tasks, log)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _on_signal, process, number)
+        interval_s = systemd.watchdog_interval_s()
+        watchdog = tasks.create_task(_watch(interval_s)) if interval_s is not None else None
+        await main(process)
+        if watchdog is not None:
+            watchdog.cancel()
+
+
+def _on_signal(process: Process, number: signal.Signals) -> None:
+    if process.drain.is_set():
+        print(f"second {number.name}: ending at once", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+    process.request_drain(number.name)
+
+
+async def _watch(interval_s: float) -> None:
+    """Tells systemd that the event loop turns. It runs on the loop: a blocked loop is what it must not outlive."""
+    while True:
+        systemd.notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
+
+
+def explain(error: BaseException, log: Logger) -> HeteroRLError:
+    """The one error of ours behind `error`: a decisive one if there is one, else the first that happened."""
+    leaves = list(_leaves(error))
+    decisive = [leaf for leaf in leaves if isinstance(leaf, _DECISIVE)]
+    first = (decisive or leaves)[0]
+    for other in leaves:
+        if other is not first:
+            log.error("also_failed", exc_info=None if isinstance(other, HeteroRLError) else other, error=other)
+    if isinstance(first, HeteroRLError):
+        return first
+    identifier = secrets.token_hex(4)
+    log.error("internal_error", exc_info=first, error_id=identifier)
+    return HeteroRLError(f"internal error {identifier} ({type(first).__name__}): the log has its traceback")
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for member in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield from _leaves(member)
+    else:
+        yield error
