@@ -1,0 +1,69 @@
+"""Causes in words: what keeps a run slow or stuck, from one status message. Each sentence cites its numbers."""
+
+from heterorl.v1 import monitor_pb2, types_pb2
+from services.monitor.views import human_bytes, phase_name
+
+_IDLE_WORTH_SAYING = 0.10
+_DROPPED_WORTH_SAYING = 0.01
+
+
+def findings(status: monitor_pb2.RunStatus) -> list[str]:
+    """Sentences, most important first; a healthy run yields the one that says so."""
+    found = [*_standstill(status), *_samplers(status), *_losses(status)]
+    if status.idle_share >= _IDLE_WORTH_SAYING:
+        found.insert(0, _idle(status))
+    return found or [f"nothing stands in the way: the learner is {phase_name(status)}, idle {status.idle_share:.0%}"]
+
+
+def _standstill(status: monitor_pb2.RunStatus) -> list[str]:
+    live = [sampler for sampler in status.samplers if sampler.state != types_pb2.SAMPLER_STATE_LOST]
+    if status.phase == monitor_pb2.LEARNER_PHASE_PAUSED:
+        return ["the run is paused by an operator: `heterorl admin resume` goes on"]
+    if not status.samplers:
+        return ["no sampler has registered yet: start one with `heterorl sampler --learner HOST:PORT`"]
+    if not live:
+        return [f"all {len(status.samplers)} samplers are lost: the learner waits for one to come back"]
+    if status.phase == monitor_pb2.LEARNER_PHASE_EVALUATING:
+        return ["the learner waits for an evaluation round that the samplers work on"]
+    return []
+
+
+def _idle(status: monitor_pb2.RunStatus) -> str:
+    waiting = f"{status.groups_buffered} of {status.groups_per_step} groups wait, {status.leases_active} are leased"
+    return f"learner idle {status.idle_share:.0%}: it waits for groups ({waiting}); more or faster samplers help"
+
+
+def _samplers(status: monitor_pb2.RunStatus) -> list[str]:
+    sentences: list[str] = []
+    for sampler in status.samplers:
+        report, name = sampler.report, sampler.sampler_id
+        if sampler.evicted:
+            sentences.append(f"{name} is evicted: `heterorl admin evict --allow {name}` lets it back")
+        elif sampler.state == types_pb2.SAMPLER_STATE_LOST:
+            sentences.append(f"{name} is lost: no heartbeat for {sampler.last_seen_s:.0f} s")
+        elif report.HasField("fetch") and report.fetch.bytes_total:
+            fetch = report.fetch
+            left = fetch.bytes_total - fetch.bytes_done
+            speed = f" at {fetch.bytes_per_s * 8 / 1e6:.1f} Mbit/s" if fetch.bytes_per_s else ""
+            eta = f", {left / fetch.bytes_per_s:.0f} s left" if fetch.bytes_per_s else ""
+            sentences.append(f"{name} is fetching v{fetch.target_version}: {human_bytes(left)} to go{speed}{eta}")
+        elif sampler.state == types_pb2.SAMPLER_STATE_SPOOL_FULL:
+            sentences.append(
+                f"{name} stands still: its spool is full with {report.spool_groups} groups not acknowledged"
+            )
+        if report.grader_restarts:
+            sentences.append(f"{name}'s grader workers restarted {report.grader_restarts} times")
+        if report.engine_restarts:
+            sentences.append(f"{name}'s engine restarted {report.engine_restarts} times")
+        if sampler.restarts:
+            sentences.append(f"{name} came back with a new process {sampler.restarts} times")
+    return sentences
+
+
+def _losses(status: monitor_pb2.RunStatus) -> list[str]:
+    total = status.groups_acknowledged
+    return [
+        f"{count} groups ({count / total:.1%}) were dropped: {reason}"
+        for reason, count in sorted(status.groups_dropped.items(), key=lambda item: -item[1])
+        if total and count / total >= _DROPPED_WORTH_SAYING
+    ]
