@@ -12,6 +12,7 @@
     ├─ EngineError .............. 70   the generation engine or a grader failed
     ├─ StorageError ............. 74   disk full, or a read or write failed
     ├─ ExhaustedError ........... 75   over a limit for now: try again later
+    ├─ SessionLostError ......... 75   the learner restarted and knows no such session: register again
     ├─ RefusedError ............. 77   identity, role or certificate is refused: needs a person
     ├─ ConfigError .............. 78   a setting is wrong: restarting does not help
     │  └─ MismatchError ......... 78   the peer runs another model, tokenizer, dtype or protocol
@@ -78,6 +79,10 @@ class ExhaustedError(HeteroRLError, RuntimeError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class SessionLostError(HeteroRLError, ConnectionError):
+    exit_code = 75
 
 
 class RefusedError(HeteroRLError, PermissionError):

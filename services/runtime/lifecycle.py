@@ -101,9 +101,10 @@ def explain(error: BaseException, log: Logger) -> HeteroRLError:
             log.error("also_failed", exc_info=None if isinstance(other, HeteroRLError) else other, error=other)
     if isinstance(first, HeteroRLError):
         return first
+    # The message may travel to a peer: what the exception says stays in the log.
     identifier = secrets.token_hex(4)
     log.error("internal_error", exc_info=first, error_id=identifier)
-    return HeteroRLError(f"internal error {identifier} ({type(first).__name__}): the log has its traceback")
+    return HeteroRLError(f"internal error {identifier}: the log has its traceback")
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

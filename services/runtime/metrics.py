@@ -5,7 +5,6 @@ swap = metrics.histogram("swap", "seconds", "Time to swap weights", buckets=(0.1
 dropped = metrics.counter("groups_dropped", "Groups dropped", labels=("reason",))   # ..._groups_dropped_total
 """
 
-import errno
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from services.runtime.address import Address, parse_listen
-from services.runtime.errors import ConfigError, UnavailableError
+from services.runtime.listening import listen_error
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 DEFAULT_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 15.0, 60.0, 300.0)
@@ -73,12 +72,3 @@ class Metrics:
             server.shutdown()
             server.server_close()
             thread.join()
-
-
-def listen_error(address: Address, what: str, error: OSError) -> UnavailableError | ConfigError:
-    """The sentence for a socket that could not be bound. `what`: whose it would have been."""
-    if error.errno == errno.EADDRINUSE:
-        return UnavailableError(
-            f"port {address.port} on {address.host} ({what}) is in use by another process: stop it or set another port"
-        )
-    return ConfigError(f"cannot listen on {address} ({what}): {error.strerror or error}")
