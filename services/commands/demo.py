@@ -1,0 +1,41 @@
+"""`heterorl demo`: the main job on this machine, in about three minutes."""
+
+import argparse
+import asyncio
+import datetime as dt
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results (runs/demo)")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, sampling and training")
+    parser.add_argument("--loss", default="gepo", help="loss to train with (gepo)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from rich.console import Console
+
+    from services.lab.demo import Demo
+    from services.lab.demo_site import DemoSettings
+    from services.lab.demo_summary import print_summary
+
+    settings = DemoSettings(seed=arguments.seed, loss=arguments.loss)
+    if arguments.steps is not None:
+        settings = dataclasses.replace(settings, steps=arguments.steps)
+    console = Console()
+    out = fresh_folder(arguments.out)
+    asyncio.run(Demo(out, settings, console).run())
+    print_summary(out, console)
+    return 0
+
+
+def fresh_folder(path: Path) -> Path:
+    """Makes `path`; results that are there already are kept under the time when they were made."""
+    if path.exists() and any(path.iterdir()):
+        made = dt.datetime.fromtimestamp(path.stat().st_mtime)
+        path.rename(path.with_name(f"{path.name}-{made:%Y%m%d-%H%M%S}"))
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,32 @@
+"""`heterorl status`: a learner's state, once."""
+
+import argparse
+import asyncio
+
+from services.commands.connection import add_connection_arguments, tls_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_connection_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the RunStatus message as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from google.protobuf.json_format import MessageToJson
+    from rich.console import Console
+
+    from services.monitor.client import MonitorClient
+    from services.monitor.views import render
+
+    tls = tls_of(arguments)
+
+    async def show() -> None:
+        async with MonitorClient(arguments.learner, tls) as client:
+            status = await client.status()
+        if arguments.json:
+            print(MessageToJson(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        else:
+            Console().print(render(status))
+
+    asyncio.run(show())
+    return 0

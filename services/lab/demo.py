@@ -1,0 +1,154 @@
+"""The demo: GEPO on sums, over emulated wide-area links, with a sampler killed half way. One real process per role.
+
+consumes  the shipped tiny policy and a generated data set
+produces  OUT/summary.json, metrics.jsonl, report.html, events.log, policy/ (Hugging Face format)
+on Ctrl-C the learner drains (finishes its step, exports, writes its summary), and the report is written all the same
+"""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from heterorl.v1 import monitor_pb2, types_pb2
+from services.lab.demo_site import DemoSettings, Site
+from services.monitor.client import MonitorClient
+from services.monitor.report import write_report
+from services.monitor.views import render
+from services.runtime.errors import EngineError, UnavailableError
+
+_VICTIM = "sampler-2"
+
+
+@dataclass(slots=True, kw_only=True)
+class Story:
+    """What happened so far: the lines shown as events, and the series behind the sparklines."""
+
+    started: float = field(default_factory=time.monotonic)
+    events: list[str] = field(default_factory=list[str])
+    rewards: list[float] = field(default_factory=list[float])
+    status: monitor_pb2.RunStatus | None = None
+
+    def tell(self, text: str) -> None:
+        """Adds an event with the seconds since the start."""
+        self.events.append(f"{time.monotonic() - self.started:6.1f} s  {text}")
+
+
+class Demo:
+    """Runs the processes of a site, watches the learner as a monitor client does, and plays the fault."""
+
+    def __init__(self, out: Path, settings: DemoSettings, console: Console) -> None:
+        self._site = Site(out=out, settings=settings)
+        self._console = console
+        self._story = Story()
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """The whole demo. Raises EngineError when a process fails that the demo did not kill."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.add_signal_handler(signal.SIGTERM, self._interrupt)
+        site = self._site
+        try:
+            self._tell("certificates, data and configuration are written")
+            site.prepare()
+            self._tell("the learner starts")
+            await site.start_learner()
+            self._tell(f"the learner listens on {site.learner_address} (mutual TLS); links, rewards and samplers start")
+            await site.start_sites()
+            await self._watch_to_the_end()
+        finally:
+            await site.stop()
+        self._collect()
+
+    def _tell(self, text: str) -> None:
+        self._story.tell(text)
+        if not self._console.is_terminal:
+            self._console.print(self._story.events[-1], highlight=False)
+
+    def _interrupt(self) -> None:
+        self._tell("interrupted: the learner drains, then the report is written")
+        self._stop.set()
+        if self._site.learner is not None and self._site.learner.process.returncode is None:
+            self._site.learner.process.send_signal(signal.SIGTERM)
+
+    async def _watch_to_the_end(self) -> None:
+        learner = self._site.learner
+        assert learner is not None
+        learner_end = asyncio.create_task(learner.exited())
+        fault = asyncio.create_task(self._play_fault())
+        screen = Live(console=self._console, refresh_per_second=4, transient=False)
+        with screen if self._console.is_terminal else contextlib.nullcontext():
+            watching = asyncio.create_task(self._watch(screen))
+            await asyncio.wait({learner_end, fault}, return_when=asyncio.FIRST_COMPLETED)
+            if fault.done():
+                fault.result()  # a failure of the fault itself ends the demo
+            code = await learner_end
+            for task in (fault, watching):
+                task.cancel()
+            await asyncio.gather(fault, watching, return_exceptions=True)
+        if code != 0:
+            raise EngineError(f"the learner ended with exit code {code}:\n{learner.last_lines()}")
+        self._tell("the learner has ended: policy exported")
+
+    async def _watch(self, screen: Live) -> None:
+        """Follows WatchStatus and draws. Ends with the learner: its stream then fails, which is no error here."""
+        last_step = 0
+        with contextlib.suppress(UnavailableError):
+            async with MonitorClient(self._site.learner_address, self._site.tls("monitor")) as client:
+                async for status in client.watch(interval_ms=250):
+                    self._story.status = status
+                    if status.step > last_step:
+                        self._story.rewards.append(status.metrics.get("reward_mean", 0.0))
+                        if not self._console.is_terminal and status.step // 10 > last_step // 10:
+                            self._console.print(_line(status), highlight=False)
+                        last_step = status.step
+                    screen.update(render(status, self._story.rewards, self._story.events[-8:]))
+
+    async def _play_fault(self) -> None:
+        """SIGKILL to one sampler half way; it comes back once the learner has noticed."""
+        half = self._site.settings.steps // 2
+        async with MonitorClient(self._site.learner_address, self._site.tls("monitor")) as client:
+            async for status in client.watch(interval_ms=250):
+                if status.step >= half:
+                    break
+            self._tell(f"SIGKILL to {_VICTIM} at step {status.step}")
+            self._site.samplers[_VICTIM].kill()
+            async for status in client.watch(interval_ms=250):
+                if _sampler_state(status, _VICTIM) == types_pb2.SAMPLER_STATE_LOST:
+                    break
+            self._tell(f"the learner has noticed at step {status.step}; {_VICTIM} starts again on its spool")
+            await self._site.start_sampler(_VICTIM)
+
+    def _collect(self) -> None:
+        """Copies what the learner wrote to where people look for it, and writes the report."""
+        out = self._site.out
+        for name in ("summary.json", "metrics.jsonl"):
+            source = self._site.learner_state / name
+            if not source.exists():
+                raise EngineError(f"the learner wrote no {name}: see {self._site.work / 'logs'}")
+            shutil.copyfile(source, out / name)
+        (out / "events.log").write_text("\n".join(self._story.events) + "\n")
+        write_report(out)
+
+
+def _sampler_state(status: monitor_pb2.RunStatus, name: str) -> types_pb2.SamplerState.ValueType:
+    return next(
+        (sampler.state for sampler in status.samplers if sampler.sampler_id == name),
+        types_pb2.SAMPLER_STATE_UNSPECIFIED,
+    )
+
+
+def _line(status: monitor_pb2.RunStatus) -> str:
+    accuracy = f", held-out {status.evals[-1].accuracy:.1%}" if status.evals else ""
+    return (
+        f"{status.uptime_s:6.1f} s  step {status.step}/{status.steps_total}: "
+        f"reward {status.metrics.get('reward_mean', 0.0):.3f}{accuracy}, "
+        f"staleness ≤ {max(status.staleness_histogram, default=0)}, idle {status.idle_share:.0%}"
+    )
