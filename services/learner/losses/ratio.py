@@ -45,12 +45,16 @@ class Rows:
     @property
     def log_p_B(self) -> Tensor:
         """s_p of each sequence."""
-        return sequence_logprob(self.log_p_BT, self.mask_BT, self.dials.sequence_logprob)
+        return self.sequence_logprob(self.log_p_BT)
 
     @property
     def log_q_B(self) -> Tensor:
         """s_q of each sequence."""
         return self.prepared.log_q_B
+
+    def sequence_logprob(self, logprobs_BT: Tensor) -> Tensor:
+        """Mean or sum over each sequence's tokens, [B]."""
+        return sequence_logprob(logprobs_BT, self.mask_BT, self.dials.sequence_logprob)
 
     @property
     def proximal_BT(self) -> Tensor:
@@ -83,8 +87,3 @@ def clipped_surrogate(log_weight: Tensor, advantage: Tensor, dials: Dials) -> Te
     cut = ((advantage > 0.0) & (weight > high)) | ((advantage < 0.0) & (weight < low))
     bound = torch.where(advantage > 0.0, high, low)
     return Terms(objective=torch.where(cut, bound * advantage, weight * advantage), weight=weight.detach(), cut=cut)
-
-
-def weighted(weight: Tensor, log_p: Tensor, advantage: Tensor, cut: Tensor, raw_weight: Tensor) -> Terms:
-    """sg[weight] · A · log p: REINFORCE under a fixed weight."""
-    return Terms(objective=weight.detach() * advantage * log_p, weight=raw_weight.detach(), cut=cut)

@@ -1,6 +1,12 @@
 """Losses with one weight per sequence: S = exp(s_p - s_q), s the mean log-prob (or sum, as `sequence_logprob` says)."""
 
-from services.learner.losses.ratio import Rows, Terms, clipped_surrogate
+import math
+
+import torch
+
+from services.learner.losses.kl import kl_terms
+from services.learner.losses.ratio import Rows, Terms, capped_exp, clipped_surrogate
+from services.learner.losses.settings import KlEstimator
 
 
 def gspo(rows: Rows) -> Terms:
@@ -14,3 +20,42 @@ def gepo(rows: Rows) -> Terms:
     GEPO, arXiv 2508.17850. On policy w is not 1 (it is at most (1 + √G)/2), so the clip acts even then.
     """
     return clipped_surrogate(rows.log_p_B - rows.prepared.log_expected_q_B, rows.advantage_B, rows.dials)
+
+
+def gepo_plus(rows: Rows) -> Terms:
+    """gepo, but a sequence whose mean k3 KL is below `gepo_plus_kl` divides by its own q, as gspo does, [B].
+
+    The choice is detached and each row's own. Experimental, from the published code of arXiv 2508.17850.
+    """
+    k3_BT = kl_terms(rows.log_p_BT, rows.log_q_BT, KlEstimator.K3).detach()
+    k3_B = torch.where(rows.mask_BT, k3_BT, 0.0).sum(1) / rows.mask_BT.sum(1).clamp(min=1)
+    near_B = k3_B < rows.dials.settings.gepo_plus_kl
+    log_denominator_B = torch.where(near_B, rows.log_q_B, rows.prepared.log_expected_q_B)
+    return clipped_surrogate(rows.log_p_B - log_denominator_B, rows.advantage_B, rows.dials)
+
+
+def defensive(rows: Rows) -> Terms:
+    """min(w A, clip(w) A), w = p / ((1 - η) q + η sg[p]) ≤ 1/η, [B]. The p below is detached: gradient of w is w ∇s_p.
+
+    "Defensive sampling" of the published code of arXiv 2508.17850, after Owen & Zhou (2000).
+    """
+    eta = rows.dials.settings.eta
+    own_B = math.log(eta) + rows.log_p_B.detach()
+    log_denominator_B = torch.logaddexp(math.log1p(-eta) + rows.log_q_B, own_B)
+    return clipped_surrogate(rows.log_p_B - log_denominator_B, rows.advantage_B, rows.dials)
+
+
+def gmpo(rows: Rows) -> Terms:
+    """A · exp(mean_t c(log r_t)), [B]: geometric mean of ratios, each clipped in log space where A pushes it.
+
+    c(d) = min(d, clip_high) for A > 0, max(d, -clip_low) for A < 0: no gradient where it acts. The reported weight is
+    the unclipped mean. GMPO, arXiv 2507.20673, and its code.
+    """
+    d_BT, advantage_B1 = rows.log_ratio_BT, rows.advantage_B1
+    high, low = rows.dials.clip_high, -rows.dials.clip_low
+    cut_BT = ((advantage_B1 > 0.0) & (d_BT > high)) | ((advantage_B1 < 0.0) & (d_BT < low))
+    bounded_BT = torch.where(cut_BT, torch.where(advantage_B1 > 0.0, high, low), d_BT)
+    length_B = rows.mask_BT.sum(1).clamp(min=1)
+    mean_B = torch.where(rows.mask_BT, bounded_BT, 0.0).sum(1) / length_B
+    weight_B = capped_exp((d_BT.sum(1) / length_B).detach())
+    return Terms(objective=capped_exp(mean_B) * rows.advantage_B, weight=weight_B, cut=cut_BT)

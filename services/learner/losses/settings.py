@@ -109,7 +109,7 @@ class LossSettings(Section):
     """Exponent of delta_l: 1 has the least variance, .75 keeps more of long completions, 0 is dr_grpo."""
     sequence_logprob: SequenceLogprob | None = None
     """mean (length-normalised) or sum (the paper's raw probability) for sequence weights. Unset: the loss's own."""
-    eta: float = Field(default=0.005, gt=0.0, le=1.0)
+    eta: float = Field(default=0.005, gt=0.0, lt=1.0)
     """defensive: share of the learner's own policy in the denominator; weights stay below 1/eta."""
     gepo_plus_kl: float = Field(default=0.002, ge=0.0)
     """gepo_plus: a sequence whose mean k3 KL (nats per token) is below this divides by its own q, not by E."""

@@ -24,8 +24,25 @@ class LossRow:
 
 LOSSES: dict[LossName, LossRow] = {
     LossName.GEPO: LossRow(function=sequence_losses.gepo, advantage=Advantage.MEAN),
+    LossName.GEPO_PLUS: LossRow(function=sequence_losses.gepo_plus, advantage=Advantage.MEAN),
     LossName.GSPO: LossRow(function=sequence_losses.gspo, clip=(3e-4, 4e-4)),
+    LossName.GSPO_TOKEN: LossRow(function=token_losses.gspo_token, clip=(3e-4, 4e-4)),
+    LossName.DEFENSIVE: LossRow(function=sequence_losses.defensive, advantage=Advantage.MEAN),
+    LossName.GMPO: LossRow(function=sequence_losses.gmpo, clip=(0.4, 0.4)),
     LossName.GRPO: LossRow(function=token_losses.grpo),
+    LossName.DR_GRPO: LossRow(function=token_losses.grpo, aggregation=Aggregation.DR_GRPO, advantage=Advantage.MEAN),
+    LossName.BNPO: LossRow(function=token_losses.grpo, aggregation=Aggregation.TOKEN_MEAN, advantage=Advantage.BNPO),
+    LossName.CISPO: LossRow(function=token_losses.cispo, aggregation=Aggregation.TOKEN_MEAN),
+    LossName.TOPR: LossRow(
+        function=token_losses.topr,
+        aggregation=Aggregation.TOKEN_MEAN,
+        advantage=Advantage.MEAN,
+        sequence_logprob=SequenceLogprob.SUM,
+    ),
+    LossName.TIS: LossRow(function=token_losses.tis),
+    LossName.ICEPOP: LossRow(function=token_losses.icepop, weight_cap=5.0, weight_floor=0.5),
+    LossName.SEQ_MASK: LossRow(function=token_losses.seq_mask),
+    LossName.DECOUPLED_PPO: LossRow(function=token_losses.decoupled_ppo),
 }
 
 
