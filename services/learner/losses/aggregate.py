@@ -20,7 +20,7 @@ def token_coefficients(aggregation: Aggregation, length_B: Tensor, max_tokens: i
     part_B = length_B > 0.0
     safe_B = torch.where(part_B, length_B, 1.0)
     rows = part_B.sum().clamp(min=1).double()
-    longest = length_B.max().clamp(min=1.0) if max_tokens is None else torch.tensor(float(max_tokens)).to(length_B)
+    longest = length_B.max().clamp(min=1.0) if max_tokens is None else length_B.new_tensor(float(max_tokens))
     if aggregation is Aggregation.SEQ_MEAN:
         coefficient_B = 1.0 / (rows * safe_B)
     elif aggregation is Aggregation.TOKEN_MEAN:

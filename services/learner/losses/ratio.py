@@ -85,5 +85,5 @@ def clipped_surrogate(log_weight: Tensor, advantage: Tensor, dials: Dials) -> Te
     weight = capped_exp(log_weight)
     low, high = 1.0 - dials.clip_low, 1.0 + dials.clip_high
     cut = ((advantage > 0.0) & (weight > high)) | ((advantage < 0.0) & (weight < low))
-    bound = torch.where(advantage > 0.0, high, low)
+    bound = torch.where(advantage > 0.0, high, torch.full_like(advantage, low))  # two scalars would give float32
     return Terms(objective=torch.where(cut, bound * advantage, weight * advantage), weight=weight.detach(), cut=cut)

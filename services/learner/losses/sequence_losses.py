@@ -54,7 +54,8 @@ def gmpo(rows: Rows) -> Terms:
     d_BT, advantage_B1 = rows.log_ratio_BT, rows.advantage_B1
     high, low = rows.dials.clip_high, -rows.dials.clip_low
     cut_BT = ((advantage_B1 > 0.0) & (d_BT > high)) | ((advantage_B1 < 0.0) & (d_BT < low))
-    bounded_BT = torch.where(cut_BT, torch.where(advantage_B1 > 0.0, high, low), d_BT)
+    bound_B1 = torch.where(advantage_B1 > 0.0, high, torch.full_like(advantage_B1, low))
+    bounded_BT = torch.where(cut_BT, bound_B1, d_BT)
     length_B = rows.mask_BT.sum(1).clamp(min=1)
     mean_B = torch.where(rows.mask_BT, bounded_BT, 0.0).sum(1) / length_B
     weight_B = capped_exp((d_BT.sum(1) / length_B).detach())
