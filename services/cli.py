@@ -13,6 +13,7 @@ VERBS: dict[str, str] = {
     "reward": "score completions: serve on a socket, or score a file",
     "relay": "serve a learner's weights to one site from a disk cache",
     "status": "print a learner's state",
+    "health": "ask a service whether it serves",
     "top": "watch a run live in the terminal",
     "why": "say in words why a run is slow or stuck",
     "report": "write a run's report.html and summary.json",

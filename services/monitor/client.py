@@ -7,9 +7,16 @@ from types import TracebackType
 import grpc
 
 from heterorl.v1 import monitor_pb2, monitor_pb2_grpc
-from services.wire.channel import open_channel, parse_target
+from services.runtime.address import parse_target
+from services.runtime.errors import HeteroRLError, UnavailableError
+from services.wire.channel import open_channel
+from services.wire.credentials import channel_credentials
 from services.wire.errors import from_rpc_error
+from services.wire.identity import Identity, Role
 from services.wire.tls import TlsFiles
+
+_LOCAL = Identity(role=Role.MONITOR, id="local")
+"""Who we are where there is no TLS to say so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +28,22 @@ class StepRecord:
     metrics: dict[str, float]
 
 
+def unanswered(target: str, error: grpc.aio.AioRpcError) -> HeteroRLError:
+    """The error of a failed call; silence gets a sentence that names who is silent."""
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return UnavailableError(f"{target} does not answer: is it running, and do its certificates fit ours?")
+    return from_rpc_error(error)
+
+
 class MonitorClient:
     """Looks at one learner. Use as an async context manager. Calls raise the errors of `services.wire.errors`."""
 
     def __init__(self, target: str, tls: TlsFiles | None) -> None:
         """target: HOST:PORT. tls: None connects without TLS, to loopback addresses only."""
-        self._channel = open_channel(parse_target(target), tls, kind="control")
+        self._target = target
+        address = parse_target(target)
+        credentials, identity = (None, _LOCAL) if tls is None else channel_credentials(tls)
+        self._channel = open_channel(address, credentials, "control", identity)
         self._stub: monitor_pb2_grpc.MonitorServiceAsyncStub = monitor_pb2_grpc.MonitorServiceStub(self._channel)
 
     async def __aenter__(self) -> "MonitorClient":
@@ -42,7 +59,7 @@ class MonitorClient:
         try:
             response = await self._stub.GetStatus(monitor_pb2.GetStatusRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            raise unanswered(self._target, error) from None
         return response.status
 
     async def watch(self, interval_ms: int = 1000) -> AsyncIterator[monitor_pb2.RunStatus]:
@@ -51,7 +68,7 @@ class MonitorClient:
             async for response in self._stub.WatchStatus(monitor_pb2.WatchStatusRequest(interval_ms=interval_ms)):
                 yield response.status
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            raise unanswered(self._target, error) from None
 
     async def steps(self, from_step: int = 0) -> AsyncIterator[StepRecord]:
         """Every record from a step on, then new ones. Ends when the learner does."""
@@ -59,4 +76,4 @@ class MonitorClient:
             async for record in self._stub.WatchSteps(monitor_pb2.WatchStepsRequest(from_step=from_step)):
                 yield StepRecord(step=record.step, wall_s=record.wall_s, metrics=dict(record.metrics))
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            raise unanswered(self._target, error) from None

@@ -1,6 +1,6 @@
 """The live terminal view: follows WatchStatus, and comes back when the learner does."""
 
-import random
+import asyncio
 
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
@@ -9,8 +9,8 @@ from rich.live import Live
 from services.monitor.client import MonitorClient
 from services.monitor.views import render
 from services.monitor.why import findings
+from services.runtime.backoff import Backoff
 from services.runtime.errors import UnavailableError
-from services.wire.channel import Backoff
 from services.wire.tls import TlsFiles
 
 
@@ -20,7 +20,7 @@ async def watch(target: str, tls: TlsFiles | None, interval_s: float, *, as_json
     Raises UnavailableError when the learner does not answer the first time.
     """
     console = Console()
-    backoff = Backoff(random.random)
+    backoff, never = Backoff(), asyncio.Event()
     rewards: list[float] = []
     last_step = 0
     async with MonitorClient(target, tls) as client:
@@ -40,4 +40,4 @@ async def watch(target: str, tls: TlsFiles | None, interval_s: float, *, as_json
                     return
                 except UnavailableError:
                     screen.update(f"{target} does not answer: trying again")
-                    await backoff.wait()
+                    await backoff.wait(never)
