@@ -1,0 +1,38 @@
+"""Weights into a transformers model: everything is checked before anything is changed."""
+
+import torch
+from transformers import PreTrainedModel
+
+from services.runtime.errors import InvalidWeightsError
+from services.wire.delta import Weights
+from services.wire.torch_bits import to_torch
+
+
+def pair_tensors(model: PreTrainedModel, weights: Weights) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Where each tensor goes, checked: every parameter of the model (a tied one under any of its names), nothing else.
+
+    Raises InvalidWeightsError.
+    """
+    ours: dict[str, torch.Tensor] = {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, bits in weights.items():
+        tensor = ours.get(name)
+        if tensor is None or tuple(tensor.shape) != tuple(bits.shape):
+            what = "is not in the model" if tensor is None else f"has shape {bits.shape}, not {tuple(tensor.shape)}"
+            raise InvalidWeightsError(f"the tensor {name[:80]} {what}: weights and model files do not belong together")
+        pairs.append((tensor, to_torch(bits)))
+    given = {id(tensor) for tensor, _ in pairs}
+    missing = [name for name, tensor in model.named_parameters() if id(tensor) not in given]
+    if missing:
+        raise InvalidWeightsError(f"{len(missing)} tensors are missing, {missing[0]} first: fetch a keyframe")
+    return pairs
+
+
+@torch.no_grad()
+def copy_into_model(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """In place, converted to the model's own type, so that tied tensors stay tied."""
+    for tensor, value in pairs:
+        tensor.copy_(value)
