@@ -7,7 +7,7 @@ import enum
 import re
 from dataclasses import dataclass
 
-from services.runtime.errors import RefusedError
+from services.runtime.errors import BadInputError
 
 TRUST_DOMAIN = "heterorl"
 _URI = re.compile(rf"spiffe://{TRUST_DOMAIN}/([a-z]+)/([A-Za-z0-9][A-Za-z0-9._-]{{0,63}})")
@@ -50,9 +50,9 @@ def parse_uri(uri: str) -> Identity | None:
 
 
 def require_id(text: str) -> str:
-    """`text`, if it can name a peer: it becomes a file name and a metric label. Raises RefusedError."""
+    """`text`, if it can name a peer: it becomes a file name and a metric label. Raises BadInputError."""
     if not _ID.fullmatch(text):
-        raise RefusedError(
+        raise BadInputError(
             f"{text[:80]!r} is no id: letters, digits, dot, dash and underscore, at most 64, a letter or digit first"
         )
     return text
