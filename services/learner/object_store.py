@@ -1,0 +1,155 @@
+"""Content-addressed files under state_dir/objects: written once, verified when opened, collected when not needed.
+
+    objects/ab/ab12…  ◄─ put ── publisher, plans          open ──► weight service (verified, held against collection)
+
+All methods block and may be called from any thread.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.runtime.errors import CorruptObjectError, ObjectGoneError
+from services.runtime.files import atomic_write, storage_errors, sync_directory
+from services.runtime.log import get_logger
+from services.wire.objects import check_object_id, file_digest, object_ref_of
+from services.wire.types import ObjectRef
+
+GRACE_S = 900.0
+"""An object that was put or read this recently is not collected: a plan that names it may still be under way."""
+
+_log = get_logger("learner.objects")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenObject:
+    """A verified object, open for `pread`. Close it through the store that opened it."""
+
+    object_id: str
+    size_bytes: int
+    descriptor: int
+
+
+class ObjectStore:
+    """The learner's objects. `clock` is monotonic seconds."""
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._held: dict[str, int] = {}
+        self._used_s: dict[str, float] = {}
+        self._verified: dict[str, tuple[int, int, int]] = {}
+        with storage_errors(f"use folder {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
+            for left_over in directory.glob("*/.*.tmp"):
+                left_over.unlink(missing_ok=True)
+
+    def path_of(self, object_id: str) -> Path:
+        """Where an object is kept, whether it is there or not. Raises BadInputError for anything but an id."""
+        return self._directory / check_object_id(object_id)[:2] / object_id
+
+    def put(self, data: bytes) -> ObjectRef:
+        """Stores bytes durably and returns their name. A sound copy that is there already is kept."""
+        ref = object_ref_of(data)
+        path = self.path_of(ref.object_id)
+        self._touch(ref.object_id)
+        if not self.is_sound(ref.object_id):
+            if not path.parent.is_dir():
+                with storage_errors(f"make folder {path.parent}"):
+                    path.parent.mkdir(exist_ok=True)
+                sync_directory(self._directory)
+            atomic_write(path, data)
+        return ref
+
+    def is_sound(self, object_id: str) -> bool:
+        """Whether the object is there and has its digest; a damaged copy is removed, so that it is made again."""
+        try:
+            self._verify(object_id)
+        except (ObjectGoneError, CorruptObjectError):
+            return False
+        return True
+
+    def open(self, object_id: str) -> OpenObject:
+        """Opens a verified object and holds it against collection until `close`.
+
+        Raises BadInputError (not an id), ObjectGoneError (not here), CorruptObjectError (damaged on disk; removed).
+        """
+        path = self.path_of(object_id)
+        with self._lock:
+            self._held[object_id] = self._held.get(object_id, 0) + 1
+        try:
+            size = self._verify(object_id)
+            self._touch(object_id)
+            with storage_errors(f"open {path}"):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            self._release(object_id)
+            raise
+        return OpenObject(object_id=object_id, size_bytes=size, descriptor=descriptor)
+
+    def close(self, opened: OpenObject) -> None:
+        os.close(opened.descriptor)
+        self._touch(opened.object_id)
+        self._release(opened.object_id)
+
+    def read(self, object_id: str) -> bytes:
+        """The whole content, verified. Raises as `open`."""
+        self._verify(object_id)
+        path = self.path_of(object_id)
+        with storage_errors(f"read {path}"):
+            return path.read_bytes()
+
+    def collect(self, keep: Iterable[str]) -> int:
+        """Removes what is not in `keep`, not open, and not used for GRACE_S. Returns the bytes freed."""
+        wanted = set(keep)
+        freed = 0
+        with storage_errors(f"collect in {self._directory}"):
+            for path in self._directory.glob("??/*"):
+                if path.name in wanted or not self._forget_if_unused(path.name):
+                    continue
+                freed += path.stat().st_size
+                path.unlink(missing_ok=True)
+        return freed
+
+    def _verify(self, object_id: str) -> int:
+        """Size of a sound object. The digest is computed again only when the file on disk is another one."""
+        path = self.path_of(object_id)
+        try:
+            facts = path.stat()
+        except FileNotFoundError:
+            raise ObjectGoneError(f"object {object_id[:12]} was collected; ask for a new plan") from None
+        state = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        if self._verified.get(object_id) != state:
+            with storage_errors(f"read {path}"):
+                digest = file_digest(path)
+            if digest != object_id:
+                path.unlink(missing_ok=True)
+                _log.error("object_damaged", object_id=object_id, size_bytes=facts.st_size)
+                raise CorruptObjectError(
+                    f"object {object_id[:12]} was damaged on the learner's disk; ask for a new plan"
+                )
+            self._verified[object_id] = state
+        return facts.st_size
+
+    def _forget_if_unused(self, object_id: str) -> bool:
+        with self._lock:
+            recent = self._clock() - self._used_s.get(object_id, float("-inf")) < GRACE_S
+            if recent or self._held.get(object_id):
+                return False
+            self._used_s.pop(object_id, None)
+            self._verified.pop(object_id, None)
+            return True
+
+    def _touch(self, object_id: str) -> None:
+        with self._lock:
+            self._used_s[object_id] = self._clock()
+
+    def _release(self, object_id: str) -> None:
+        with self._lock:
+            self._held[object_id] -= 1
+            if not self._held[object_id]:
+                del self._held[object_id]

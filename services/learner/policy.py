@@ -1,0 +1,175 @@
+"""The policy that is trained: a Hugging Face causal language model with float32 master weights, and its files.
+
+load_policy(directory) ──► Policy ── wire_weights() ──► bf16 bits of every parameter, canonical names, ties once
+                              └───── files ───────────► config, tokenizer, chat template: what samplers need
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from services.learner.config import PolicySection
+from services.runtime.errors import ConfigError, HeteroRLError, InputMissingError, InvalidWeightsError
+from services.wire.delta import BitTensor
+from services.wire.torch_bits import to_bits
+
+WIRE_DTYPE = "BF16"
+"""safetensors name of the type that weights travel in."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    *_TOKENIZER_FILES,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """`model` holds float32 masters; `files` are the model directory's own, by name, except the weights."""
+
+    model: PreTrainedModel
+    files: Mapping[str, bytes]
+    device: torch.device
+    vocab_size: int
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every persistent tensor under its canonical name, tied ones once (the first name); not copies."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in cast("dict[str, Tensor]", self.model.state_dict(keep_vars=True)).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[name] = tensor
+        return found
+
+    @torch.no_grad()
+    def wire_weights(self) -> dict[str, BitTensor]:
+        """The bf16 casts as bits: fresh memory, so that the next step may go on while they are encoded."""
+        return {name: to_bits(_wire_copy(tensor)) for name, tensor in self.parameters().items()}
+
+
+def _wire_copy(tensor: Tensor) -> Tensor:
+    kind = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(device="cpu", dtype=kind, copy=True)
+
+
+def read_model_files(directory: Path) -> dict[str, bytes]:
+    """Config, tokenizer and chat template. Raises InputMissingError naming what the directory lacks."""
+    if not directory.is_dir():
+        raise InputMissingError(
+            f"model directory {directory} is not there: set policy.path to a Hugging Face directory"
+        )
+    files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
+    if "config.json" not in files:
+        raise InputMissingError(f"{directory} has no config.json: it is not a Hugging Face model directory")
+    if not any(directory.glob("*.safetensors")):
+        hint = "; convert pytorch_model.bin, pickles are not read" if any(directory.glob("*.bin")) else ""
+        raise InputMissingError(f"{directory} has no .safetensors weights{hint}")
+    if not any(name in files for name in _TOKENIZER_FILES):
+        raise InputMissingError(f"{directory} has no tokenizer (tokenizer.json): save one beside the model")
+    if not _has_chat_template(files):
+        raise ConfigError(f"the tokenizer in {directory} has no chat template: add chat_template.jinja")
+    return files
+
+
+def _has_chat_template(files: Mapping[str, bytes]) -> bool:
+    if "chat_template.jinja" in files or "chat_template.json" in files:
+        return True
+    try:
+        return bool(json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of policy.device; "auto" takes CUDA where there is one. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f'policy.device is {name!r}: use "auto", "cpu", "cuda" or "cuda:N"') from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f'policy.device is {name!r}: use "auto", "cpu", "cuda" or "cuda:N"')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"policy.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def load_policy(settings: PolicySection) -> Policy:
+    """Loads model and files. Blocks.
+
+    Raises InputMissingError (directory, config, weights or tokenizer missing), ConfigError (no chat template, unknown
+    architecture, no such device), InvalidWeightsError (weights that do not fit the config, or are not finite).
+    """
+    files = read_model_files(settings.path)
+    device = pick_device(settings.device)
+    _check_tokenizer(settings.path)
+    model = _load_model(settings.path).to(device)
+    model.config.use_cache = False
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.eval()  # no dropout: the ratio p/q compares like with like
+    policy = Policy(
+        model=model, files=files, device=device, vocab_size=int(model.get_input_embeddings().weight.shape[0])
+    )
+    for name, tensor in policy.parameters().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InvalidWeightsError(f"{name} in {settings.path} holds NaN or infinity: take another checkpoint")
+    return policy
+
+
+def _check_tokenizer(directory: Path) -> None:
+    try:
+        AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise plain Exception for a file they cannot read
+        raise ConfigError(f"the tokenizer in {directory} does not load: {_first_line(error)}") from error
+
+
+def _load_model(directory: Path) -> PreTrainedModel:
+    """float32, on the CPU. Weights that are missing or left over are errors: they would train noise."""
+    last: Exception | None = None
+    for attention in ("sdpa", "eager"):
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (ValueError, ImportError) as error:  # "does not support sdpa" is a ValueError
+            last = error
+            continue
+        except (RuntimeError, OSError) as error:
+            raise InvalidWeightsError(f"the weights in {directory} do not load: {_first_line(error)}") from error
+        except HeteroRLError:
+            raise
+        except Exception as error:  # safetensors raises its own class for a damaged file
+            raise InvalidWeightsError(f"the weights in {directory} do not load: {_first_line(error)}") from error
+        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        if missing:
+            raise InvalidWeightsError(f"the weights in {directory} lack {missing[0]} ({len(missing)} such tensors)")
+        return cast(PreTrainedModel, model)
+    raise ConfigError(
+        f"transformers cannot build a causal language model from {directory}: {_first_line(last)}"
+    ) from last
+
+
+def _first_line(error: Exception | None) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
