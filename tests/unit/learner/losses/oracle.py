@@ -77,7 +77,10 @@ def evaluate(case: Case) -> Answer:
     part = [sound[i] and not (overlong[i] and case.option("mask_overlong", True)) for i in range(count)]
     adv = advantages(case)
     if case.option("zero_variance", "keep") == "drop":
-        part = [part[i] and len({r for r, g in zip(case.rewards, case.groups) if g == case.groups[i]}) > 1 for i in range(count)]
+        part = [
+            part[i] and len({r for r, g in zip(case.rewards, case.groups, strict=True) if g == case.groups[i]}) > 1
+            for i in range(count)
+        ]
     log_e = [expectation(case, sound, i) for i in range(count)]
     lengths = [len(case.logp[i]) if part[i] else 0 for i in range(count)]
     coefficient = coefficients(case, lengths)
@@ -100,7 +103,7 @@ def evaluate(case: Case) -> Answer:
         beta = float(case.option("kl_beta", 0.0))
         if beta:
             target = case.ref[i] if case.option("kl_target", "sampler") == "reference" else case.logq[i]
-            for t, (lp, lt) in enumerate(zip(p, target)):
+            for t, (lp, lt) in enumerate(zip(p, target, strict=True)):
                 value, slope = kl(str(case.option("kl_estimator", "k2")), lt - lp)
                 total += beta * c * value
                 row[t] += beta * c * slope
@@ -154,7 +157,7 @@ def row_term(case: Case, i: int, a: float, log_e: float | None) -> tuple[float, 
     if case.loss == "gmpo":
         low, high = clip(case)
         kept, bounded = [], []
-        for lp, lq in zip(p, q):
+        for lp, lq in zip(p, q, strict=True):
             d = lp - lq
             b = min(d, high) if a > 0 else max(d, -low) if a < 0 else d
             bounded.append(b)
@@ -162,14 +165,14 @@ def row_term(case: Case, i: int, a: float, log_e: float | None) -> tuple[float, 
         mean = math.fsum(bounded) / n
         g = exp(mean)
         slope = g * a / n if mean <= CAP else 0.0
-        return g * a, [slope * k for k in kept], exp(math.fsum(lp - lq for lp, lq in zip(p, q)) / n)
+        return g * a, [slope * k for k in kept], exp(math.fsum(lp - lq for lp, lq in zip(p, q, strict=True)) / n)
     if case.loss == "defensive":
         eta = float(case.option("eta", 0.005))
         denominator = lse([math.log(1.0 - eta) + sq, math.log(eta) + sp])
     elif case.loss == "gepo":
         denominator = log_e
     elif case.loss == "gepo_plus":
-        k3 = math.fsum(exp(lq - lp) - (lq - lp) - 1.0 for lp, lq in zip(p, q)) / n
+        k3 = math.fsum(exp(lq - lp) - (lq - lp) - 1.0 for lp, lq in zip(p, q, strict=True)) / n
         denominator = sq if k3 < float(case.option("gepo_plus_kl", 0.002)) else log_e
     else:
         denominator = sq
@@ -180,9 +183,9 @@ def row_term(case: Case, i: int, a: float, log_e: float | None) -> tuple[float, 
 def token_terms(case: Case, i: int, a: float) -> tuple[list[float], list[float], float | list[float]]:
     p, q = case.logp[i], case.logq[i]
     values, slopes = [], []
-    ratios = [exp(lp - lq) for lp, lq in zip(p, q)]
+    ratios = [exp(lp - lq) for lp, lq in zip(p, q, strict=True)]
     if case.loss in ("grpo", "dr_grpo", "bnpo"):
-        pairs = [ppo(case, lp - lq, a) for lp, lq in zip(p, q)]
+        pairs = [ppo(case, lp - lq, a) for lp, lq in zip(p, q, strict=True)]
         return [v for v, _ in pairs], [s for _, s in pairs], ratios
     if case.loss == "gspo_token":
         log_s = seq(case, p) - seq(case, q)
@@ -190,7 +193,11 @@ def token_terms(case: Case, i: int, a: float) -> tuple[list[float], list[float],
         return [value] * len(p), [slope] * len(p), exp(log_s)
     if case.loss == "cispo":
         top = 1.0 + clip(case)[1]
-        return [min(r, top) * a * lp for r, lp in zip(ratios, p)], [min(r, top) * a for r in ratios], ratios
+        return (
+            [min(r, top) * a * lp for r, lp in zip(ratios, p, strict=True)],
+            [min(r, top) * a for r in ratios],
+            ratios,
+        )
     if case.loss == "topr":
         raw = exp(seq(case, p, "sum") - seq(case, q, "sum"))
         w = min(raw, 1.0) if a < 0 else 1.0
@@ -198,7 +205,7 @@ def token_terms(case: Case, i: int, a: float) -> tuple[list[float], list[float],
     prox = case.prox[i] if case.prox else p
     cap = float(case.option("weight_cap", CAPS.get(case.loss, math.inf)))
     rho_row = exp(seq(case, prox) - seq(case, q))
-    for lp, lq, lx in zip(p, q, prox):
+    for lp, lq, lx in zip(p, q, prox, strict=True):
         value, slope = ppo(case, lp - lx, a)
         rho = exp(lx - lq)
         if case.loss == "tis":
@@ -215,10 +222,10 @@ def token_terms(case: Case, i: int, a: float) -> tuple[list[float], list[float],
 def advantages(case: Case) -> list[float]:
     rule = str(case.option("advantage", DEFAULTS[case.loss][4]))
     rewards, groups = case.rewards, case.groups
-    means = {g: float(np.mean([r for r, h in zip(rewards, groups) if h == g])) for g in set(groups)}
+    means = {g: float(np.mean([r for r, h in zip(rewards, groups, strict=True) if h == g])) for g in set(groups)}
     result = []
-    for r, g in zip(rewards, groups):
-        own = [x for x, h in zip(rewards, groups) if h == g]
+    for r, g in zip(rewards, groups, strict=True):
+        own = [x for x, h in zip(rewards, groups, strict=True) if h == g]
         centred = 0.0 if len(set(own)) == 1 else r - means[g]
         if rule == "mean_std":
             centred /= float(np.std(own, ddof=1)) + float(case.option("advantage_epsilon", 1e-4))
