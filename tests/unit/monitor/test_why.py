@@ -1,0 +1,58 @@
+from heterorl.v1 import control_pb2, monitor_pb2, types_pb2
+from services.monitor.why import findings
+
+
+def sampler(name: str = "eu-1", **fields: object) -> monitor_pb2.SamplerStatus:
+    return monitor_pb2.SamplerStatus(sampler_id=name, **{"state": types_pb2.SAMPLER_STATE_GENERATING, **fields})
+
+
+def test_a_healthy_run_says_that_nothing_stands_in_the_way():
+    status = monitor_pb2.RunStatus(phase=monitor_pb2.LEARNER_PHASE_TRAINING, samplers=[sampler()])
+    assert findings(status) == ["nothing stands in the way: the learner is training, idle 0%"]
+
+
+def test_a_run_without_samplers_says_how_to_start_one():
+    (sentence,) = findings(monitor_pb2.RunStatus())
+    assert "no sampler has registered" in sentence
+    assert "heterorl sampler" in sentence
+
+
+def test_an_idle_learner_cites_what_it_waits_for_first():
+    status = monitor_pb2.RunStatus(
+        idle_share=0.41, groups_buffered=3, groups_per_step=32, leases_active=9, samplers=[sampler()]
+    )
+    assert findings(status)[0].startswith("learner idle 41%: it waits for groups (3 of 32 groups wait, 9 are leased)")
+
+
+def test_a_fetch_in_progress_is_told_with_speed_and_time_left():
+    report = control_pb2.HeartbeatRequest(
+        fetch=control_pb2.FetchProgress(
+            target_version=118, bytes_done=1_000_000, bytes_total=2_000_000, bytes_per_s=1_250_000
+        )
+    )
+    (sentence,) = findings(monitor_pb2.RunStatus(samplers=[sampler(report=report)]))
+    assert sentence == "eu-1 is fetching v118: 976.6 KiB to go at 10.0 Mbit/s, 1 s left"
+
+
+def test_lost_samplers_and_their_silence_are_named():
+    status = monitor_pb2.RunStatus(samplers=[sampler(state=types_pb2.SAMPLER_STATE_LOST, last_seen_s=63.0, restarts=2)])
+    assert findings(status) == [
+        "all 1 samplers are lost: the learner waits for one to come back",
+        "eu-1 is lost: no heartbeat for 63 s",
+        "eu-1 came back with a new process 2 times",
+    ]
+
+
+def test_drops_of_one_percent_and_more_are_told_largest_first():
+    status = monitor_pb2.RunStatus(
+        groups_acknowledged=1000, groups_dropped={"stale": 50, "invalid": 9, "nonfinite": 100}, samplers=[sampler()]
+    )
+    assert findings(status) == [
+        "100 groups (10.0%) were dropped: nonfinite",
+        "50 groups (5.0%) were dropped: stale",
+    ]
+
+
+def test_a_pause_is_told_with_its_end():
+    (sentence,) = findings(monitor_pb2.RunStatus(phase=monitor_pb2.LEARNER_PHASE_PAUSED))
+    assert "heterorl admin resume" in sentence

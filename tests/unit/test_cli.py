@@ -1,0 +1,51 @@
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from services.cli import VERBS, build_parser, main
+
+HEAVY = {"torch", "transformers", "grpc", "numpy", "matplotlib", "rich", "sympy", "vllm"}
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_its_file_and_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]):
+    assert importlib.util.find_spec(f"services.commands.{verb}") is not None
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert VERBS[verb][1:20] in capsys.readouterr().out
+
+
+def test_no_verb_imports_anything_heavy_before_its_arguments_are_parsed():
+    code = "import sys; from services.cli import *\nfor verb in VERBS: build_parser(verb)\nprint(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "argparse" in modules
+    assert HEAVY.isdisjoint(modules)
+
+
+def test_an_unknown_verb_is_a_usage_error(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["lerner"])
+    assert end.value.code == 2
+    assert "invalid choice: 'lerner'" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_becomes_one_sentence_and_its_exit_code(capsys: pytest.CaptureFixture[str], tmp_path):
+    assert main(["report", str(tmp_path)]) == 66
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("heterorl report: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_words_that_no_verb_knows_are_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["report", "folder", "--loud"])
+    assert end.value.code == 2
+    assert "--loud" in capsys.readouterr().err
+
+
+def test_the_parser_names_every_verb():
+    assert all(verb in build_parser(None).format_help() for verb in VERBS)
