@@ -1,0 +1,26 @@
+"""Weights as bit-exact deltas: whole policies, what changed between two of them, and their files (docs/weights.md)."""
+
+from services.wire.delta.codec import Codec
+from services.wire.delta.decode import WrongBaseError, apply_update, inspect
+from services.wire.delta.encode import encode_delta, encode_keyframe, iter_encode
+from services.wire.delta.tensors import BitTensor, Weights, digests_of, root_of
+from services.wire.delta.update import EncodedUpdate, UpdateInfo, UpdateKind
+from services.wire.delta.validate import validate_names_shapes
+
+__all__ = [
+    "BitTensor",
+    "Codec",
+    "EncodedUpdate",
+    "UpdateInfo",
+    "UpdateKind",
+    "Weights",
+    "WrongBaseError",
+    "apply_update",
+    "digests_of",
+    "encode_delta",
+    "encode_keyframe",
+    "inspect",
+    "iter_encode",
+    "root_of",
+    "validate_names_shapes",
+]

@@ -1,0 +1,156 @@
+"""Parts to weights: out of place, verified, all or nothing.
+
+    parts ─► check each alone ─► check them together ─► chunks on threads into new arrays ─► hash ─► weights
+
+Guarantee: what is returned has the target root that the update names. The other checks only refuse sooner and say why.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from services.runtime.errors import CorruptObjectError, InvalidWeightsError
+from services.wire.delta.codec import decode_chunk, write_chunk
+from services.wire.delta.layout import Chunk, Segment
+from services.wire.delta.part import Part, load_part, parse_part
+from services.wire.delta.tensors import (
+    BITS_TYPE,
+    BitTensor,
+    TensorForm,
+    Weights,
+    digests_of,
+    forms_of,
+    root_of,
+    root_of_digests,
+)
+from services.wire.delta.update import UpdateInfo, UpdateKind, merge_infos
+from services.wire.delta.validate import check_same_forms
+
+Source = bytes | Path
+
+
+class WrongBaseError(InvalidWeightsError):
+    """The update is sound, but made from other weights than the base: ask for a new plan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What all parts of one update say together."""
+
+    info: UpdateInfo
+    forms: list[TensorForm]
+    digests: dict[str, bytes]
+
+
+def inspect(sources: Sequence[Source]) -> UpdateInfo:
+    """What an update is, with every part checked but nothing decoded. Raises BadInputError or InputMissingError."""
+    return survey(sources).info
+
+
+def apply_update(
+    parts: Sequence[Source], base: Weights | None, *, expect_root: str | None = None, workers: int = 1
+) -> dict[str, BitTensor]:
+    """The target weights in new arrays; `base` is only read and may be None for a keyframe.
+
+    Memory: the result, and one part at a time where the parts are paths. Raises WrongBaseError (sound update, other
+    base: needs a new plan), CorruptObjectError (damaged: fetch again), InvalidWeightsError (another model). Nothing is
+    returned unless all of it is verified, and `expect_root`, where given, must be the update's target.
+    """
+    whole = survey(parts)
+    info = whole.info
+    if expect_root is not None and expect_root != info.target_root:
+        raise CorruptObjectError("the update leads to another root than its manifest says: fetch a keyframe")
+    if info.kind is UpdateKind.DELTA:
+        if base is None:
+            raise WrongBaseError(f"this is a change of version {info.base_version}: give that version as its base")
+        check_same_forms(whole.forms, forms_of(base), "the update's tensors")
+    else:
+        base = None
+    out = {
+        form.name: BitTensor(
+            dtype=form.dtype, shape=form.shape, bits=np.empty(form.elements, BITS_TYPE[form.item_bytes])
+        )
+        for form in whole.forms
+    }
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        for part in load_parts(parts):
+            jobs = [pool.submit(_decode_into, part, chunk, base, out) for chunk in part.layout.chunks]
+            for job in jobs:
+                job.result()
+        found = digests_of(out, pool)
+    damaged = [name for name, digest in found.items() if digest != whole.digests[name]]
+    if damaged:
+        if base is not None and root_of(base, workers) != info.base_root:
+            raise WrongBaseError(
+                f"the base is not version {info.base_version} of this run: ask for an update from what is really there"
+            )
+        raise CorruptObjectError(f"{damaged[0]} does not have its digest after the update: fetch a keyframe")
+    return out
+
+
+def load_parts(sources: Sequence[Source]) -> Iterator[Part]:
+    """The parts one at a time, checked."""
+    for source in sources:
+        yield parse_part(load_part(source))
+
+
+def survey(sources: Sequence[Source]) -> Survey:
+    """Checks that the parts are one whole update: each shard and element once, digests that make the target root.
+
+    Raises CorruptObjectError.
+    """
+    infos: list[UpdateInfo] = []
+    shards: set[int] = set()
+    forms: dict[str, TensorForm] = {}
+    digests: dict[str, bytes] = {}
+    segments: dict[str, list[Segment]] = {}
+    for part in load_parts(sources):
+        infos.append(part.info)
+        shards.add(part.shard)
+        if not part.info.same_update(infos[0]):
+            raise CorruptObjectError("the parts belong to different updates: fetch them again")
+        for form in part.layout.forms:
+            known = forms.setdefault(form.name, form), digests.setdefault(form.name, part.digests[form.name])
+            if known != (form, part.digests[form.name]):
+                raise CorruptObjectError(f"the parts of an update disagree about {form.name}: fetch them again")
+        _check_base_needed(part)
+        for chunk in part.layout.chunks:
+            for segment in chunk.segments:
+                segments.setdefault(segment.name, []).append(segment)
+    if not infos:
+        raise CorruptObjectError("there is no part of a weight update")
+    if len(infos) != infos[0].shards or len(shards) != len(infos):
+        raise CorruptObjectError(
+            f"{len(shards)} different parts of a weight update of {infos[0].shards} parts: fetch all, each once"
+        )
+    for form in forms.values():
+        _check_cover(form, segments.get(form.name, []))
+    if root_of_digests(forms.values(), digests) != infos[0].target_root:
+        raise CorruptObjectError("the digests of an update do not make its target root: fetch a keyframe")
+    return Survey(info=merge_infos(infos), forms=list(forms.values()), digests=digests)
+
+
+def _check_base_needed(part: Part) -> None:
+    """A keyframe has every chunk: decoding it never needs a base."""
+    if part.info.kind is UpdateKind.KEYFRAME and len(part.payloads) != len(part.layout.chunks):
+        raise CorruptObjectError("a keyframe lacks some of its chunks: fetch it again")
+
+
+def _check_cover(form: TensorForm, segments: list[Segment]) -> None:
+    """The segments are the tensor, each element once. The result is allocated only after this."""
+    end = 0
+    for segment in sorted(segments, key=lambda segment: segment.start):
+        if segment.start != end:
+            raise CorruptObjectError(f"an update covers {form.name} with a hole or twice: fetch it again")
+        end += segment.count
+    if end != form.elements:
+        raise CorruptObjectError(f"an update covers only {end} of {form.elements} elements of {form.name}")
+
+
+def _decode_into(part: Part, chunk: Chunk, base: Weights | None, out: Weights) -> None:
+    payload = part.payloads.get(chunk.key)
+    decoded = None if payload is None else decode_chunk(payload, chunk, base)
+    write_chunk(decoded, chunk, base, out)

@@ -1,0 +1,186 @@
+"""Weights to parts: hash first, so that every part can name the result; then chunks on threads, one part after another.
+
+digests(new) ─► target root ─► [chunk chunk …] ─► part 0 ─► [chunk chunk …] ─► part 1 …
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from services.runtime.errors import InvalidWeightsError
+from services.wire.delta.codec import Codec, encode_change, encode_whole
+from services.wire.delta.layout import Chunk, PartLayout, plan_parts
+from services.wire.delta.part import build_part, parse_part
+from services.wire.delta.tensors import Weights, digests_of, forms_of, root_of, root_of_digests
+from services.wire.delta.update import (
+    MAX_RUN_ID_CHARS,
+    MAX_VERSION,
+    EncodedUpdate,
+    UpdateInfo,
+    UpdateKind,
+    is_root,
+    merge_infos,
+)
+from services.wire.delta.validate import check_same_forms
+
+Payload = tuple[bytes, int]
+
+
+def encode_keyframe(
+    weights: Weights, *, run_id: str, version: int, workers: int = 1, digests: Mapping[str, bytes] | None = None
+) -> EncodedUpdate:
+    """The whole weights. Raises InvalidWeightsError. `digests` as from `digests_of(weights)`, if they are known."""
+    return collect(iter_encode(None, weights, run_id=run_id, target_version=version, workers=workers, digests=digests))
+
+
+def encode_delta(
+    base: Weights,
+    new: Weights,
+    *,
+    run_id: str,
+    base_version: int,
+    target_version: int,
+    base_root: str | None = None,
+    codec: Codec | str = Codec.SX,
+    workers: int = 1,
+    digests: Mapping[str, bytes] | None = None,
+) -> EncodedUpdate:
+    """What turns `base` into `new`, bit for bit.
+
+    `base_root` saves hashing the base, `digests` (of `new`) saves hashing the new weights. Raises InvalidWeightsError
+    where the two are not of one model.
+    """
+    return collect(
+        iter_encode(
+            base,
+            new,
+            run_id=run_id,
+            base_version=base_version,
+            target_version=target_version,
+            base_root=base_root,
+            codec=codec,
+            workers=workers,
+            digests=digests,
+        )
+    )
+
+
+def iter_encode(
+    base: Weights | None,
+    new: Weights,
+    *,
+    run_id: str,
+    target_version: int,
+    base_version: int | None = None,
+    base_root: str | None = None,
+    codec: Codec | str = Codec.SX,
+    workers: int = 1,
+    digests: Mapping[str, bytes] | None = None,
+) -> Iterator[bytes]:
+    """The parts in order; a keyframe where `base` is None.
+
+    Memory: the payloads of the part being built and at most 2 chunks per worker ahead of it, whatever the model.
+    """
+    forms = forms_of(new)
+    if base is not None:
+        check_same_forms(forms, forms_of(base), "the new weights")
+    digests = digests_of(new, workers) if digests is None else digests
+    layouts = plan_parts(forms)
+    template = UpdateInfo(
+        kind=UpdateKind.KEYFRAME if base is None else UpdateKind.DELTA,
+        codec=Codec.KEYFRAME if base is None else Codec(codec),
+        run_id=_checked_run_id(run_id),
+        base_version=None if base is None else _checked_version(base_version),
+        target_version=_checked_version(target_version),
+        base_root=None if base is None else _checked_root(base_root or root_of(base, workers)),
+        target_root=root_of_digests(forms, digests),
+        shards=len(layouts),
+        bytes=0,
+        full_bytes=0,
+        changed=0,
+        parameters=0,
+    )
+    return _build_parts(template, base, new, layouts, digests, workers)
+
+
+def part_info(template: UpdateInfo, layout: PartLayout, changed: int) -> UpdateInfo:
+    """The template with the sizes of one part."""
+    item_bytes = {form.name: form.item_bytes for form in layout.forms}
+    full_bytes = sum(chunk.count * item_bytes[chunk.segments[0].name] for chunk in layout.chunks)
+    parameters = sum(chunk.count for chunk in layout.chunks)
+    return UpdateInfo(
+        kind=template.kind,
+        codec=template.codec,
+        run_id=template.run_id,
+        base_version=template.base_version,
+        target_version=template.target_version,
+        base_root=template.base_root,
+        target_root=template.target_root,
+        shards=template.shards,
+        bytes=0,
+        full_bytes=full_bytes,
+        changed=changed,
+        parameters=parameters,
+    )
+
+
+def collect(parts: Iterator[bytes]) -> EncodedUpdate:
+    """All parts in memory, with the info of the whole."""
+    kept = tuple(parts)
+    return EncodedUpdate(info=merge_infos([parse_part(part).info for part in kept]), parts=kept)
+
+
+def _build_parts(
+    template: UpdateInfo,
+    base: Weights | None,
+    new: Weights,
+    layouts: list[PartLayout],
+    digests: Mapping[str, bytes],
+    workers: int,
+) -> Iterator[bytes]:
+    with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
+        ahead: deque[tuple[int, list[Future[Payload]]]] = deque()
+        next_shard = 0
+        for shard, layout in enumerate(layouts):
+            while next_shard < len(layouts) and (not ahead or _waiting(ahead) < 2 * workers):
+                ahead.append((next_shard, _submit(pool, template.codec, base, new, layouts[next_shard])))
+                next_shard += 1
+            _, futures = ahead.popleft()
+            results = [future.result() for future in futures]
+            info = part_info(template, layout, sum(changed for _, changed in results))
+            row = [digests[form.name] for form in layout.forms]
+            yield build_part(info, shard, layout, row, [payload for payload, _ in results])
+
+
+def _submit(
+    pool: ThreadPoolExecutor, codec: Codec, base: Weights | None, new: Weights, layout: PartLayout
+) -> list[Future[Payload]]:
+    if base is None:
+        return [pool.submit(_encode_whole, new, chunk) for chunk in layout.chunks]
+    return [pool.submit(encode_change, base, new, chunk, codec) for chunk in layout.chunks]
+
+
+def _encode_whole(new: Weights, chunk: Chunk) -> Payload:
+    return encode_whole(new, chunk), chunk.count
+
+
+def _waiting(ahead: deque[tuple[int, list[Future[Payload]]]]) -> int:
+    return sum(not future.done() for _, futures in ahead for future in futures)
+
+
+def _checked_run_id(run_id: str) -> str:
+    if len(run_id) > MAX_RUN_ID_CHARS or not run_id.isprintable():
+        raise InvalidWeightsError(f"a run id is printable text of at most {MAX_RUN_ID_CHARS} characters")
+    return run_id
+
+
+def _checked_version(version: int | None) -> int:
+    if version is None or not 0 <= version <= MAX_VERSION:
+        raise InvalidWeightsError(f"a policy version is a number from 0 to {MAX_VERSION}, not {version}")
+    return version
+
+
+def _checked_root(root: str) -> str:
+    if not is_root(root):
+        raise InvalidWeightsError("a root digest has 64 lower-case hexadecimal digits")
+    return root

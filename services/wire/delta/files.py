@@ -1,0 +1,152 @@
+"""Checkpoints on disk: a .safetensors file, or a Hugging Face directory with one file or an index of several."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from services.runtime.errors import BadInputError, CorruptObjectError, InputMissingError, StorageError
+from services.wire.delta.container import HEADER_LENGTH, build_header, header_bytes, parse_header
+from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, BitTensor, Weights, check_form, forms_of
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SUFFIX = ".safetensors"
+MAX_INDEX_BYTES = 64 << 20
+WRITE_BLOCK_BYTES = 8 << 20
+
+
+def read_weights(path: str | Path, *, mapped: bool = False) -> dict[str, BitTensor]:
+    """All tensors of a .safetensors file or of a Hugging Face directory.
+
+    `mapped` maps the file instead of reading it: read-only, memory only for what is touched, and the file must stay
+    as it is. Raises InputMissingError, CorruptObjectError, InvalidWeightsError or StorageError.
+    """
+    weights: dict[str, BitTensor] = {}
+    for file in weight_files(Path(path)):
+        for name, tensor in _read_file(file, mapped):
+            if name in weights:
+                raise CorruptObjectError(f"{name} is in two files of {path}")
+            weights[name] = tensor
+    return weights
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of `path`. Raises InputMissingError or BadInputError."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputMissingError(f"there are no weights at {path}: give a .safetensors file or a Hugging Face directory")
+    if (path / INDEX_NAME).is_file():
+        return [path / name for name in _indexed_names(path / INDEX_NAME)]
+    if (path / SINGLE_NAME).is_file():
+        return [path / SINGLE_NAME]
+    raise InputMissingError(f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}: is it a Hugging Face model directory?")
+
+
+def write_weights(weights: Weights, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """One .safetensors file, durable before it appears under its name. Raises StorageError or InvalidWeightsError."""
+    forms = sorted(forms_of(weights), key=lambda form: (-form.item_bytes, form.name))
+    head = build_header(metadata or {"format": "pt"}, [(form.name, form.dtype, form.shape) for form in forms])
+    write_file(Path(path), _blocks(head, [weights[form.name] for form in forms]))
+
+
+def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """Writes, fsyncs, renames, and fsyncs the directory: a reader sees the old file or the whole new one.
+
+    Raises StorageError, and leaves no temporary file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for block in blocks:
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _blocks(head: bytes, tensors: Iterable[BitTensor]) -> Iterator[bytes | memoryview]:
+    yield head
+    for tensor in tensors:
+        data = tensor.bits.view(np.uint8)
+        for start in range(0, data.size, WRITE_BLOCK_BYTES):
+            yield memoryview(cast("bytes", data[start : start + WRITE_BLOCK_BYTES]))
+
+
+def _indexed_names(index: Path) -> list[str]:
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise BadInputError(f"{index} is too large for an index of weight files")
+        document: object = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BadInputError):
+            raise
+        raise BadInputError(f"{index} is not valid JSON") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {index}: {error.strerror}") from error
+    mapping = cast("dict[str, object]", document).get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(mapping, dict) or not mapping:
+        raise BadInputError(f"{index} has no weight_map from tensor names to files")
+    names: set[str] = set()
+    for name in cast("dict[str, object]", mapping).values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX) or "\0" in name:
+            raise BadInputError(f"{index} names {ascii(name)[:80]}, which is not a .safetensors file beside it")
+        names.add(name)
+    return sorted(names)
+
+
+def _read_file(path: Path, mapped: bool) -> Iterator[tuple[str, BitTensor]]:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = header_bytes(file.read(HEADER_LENGTH.size), size)
+            header = parse_header(file.read(length), size)
+            for name, entry in header.entries.items():
+                form = check_form(name, entry.dtype, entry.shape)
+                dtype = np.dtype(BITS_TYPE[ITEM_BYTES[entry.dtype]])
+                bits = (
+                    _map(path, entry.start, form.elements, dtype)
+                    if mapped
+                    else _read(file, entry.start, form.elements, dtype)
+                )
+                yield name, BitTensor(dtype=form.dtype, shape=form.shape, bits=bits)
+    except FileNotFoundError as error:
+        raise InputMissingError(f"there is no file {path}") from error
+    except CorruptObjectError as error:
+        raise CorruptObjectError(f"{path}: {error}") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read(file: BinaryIO, start: int, count: int, dtype: "np.dtype[np.unsignedinteger]") -> np.ndarray:
+    bits = np.empty(count, dtype)
+    file.seek(start)
+    if file.readinto(memoryview(bits.view(np.uint8))) != bits.nbytes:
+        raise CorruptObjectError("the file was cut short while it was read")
+    return bits
+
+
+def _map(path: Path, start: int, count: int, dtype: "np.dtype[np.unsignedinteger]") -> np.ndarray:
+    if count == 0:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r", offset=start, shape=(count,)))

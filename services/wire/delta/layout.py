@@ -1,0 +1,112 @@
+"""How the elements of a policy are cut into chunks (the unit of work) and parts (the unit of memory and transfer).
+
+The cut depends on names, types and shapes only, so that consecutive updates of one policy have the same chunks.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.wire.delta.tensors import Bits, TensorForm, Weights
+
+CHUNK_ELEMENTS = 4 << 20
+PART_BYTES = 64 << 20
+PART_SEGMENTS = 4096
+"""More tensors than this in one part would make its table large."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Elements [start, start + count) of one tensor."""
+
+    name: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """At most CHUNK_ELEMENTS elements of one dtype, in the order of the segments."""
+
+    dtype: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(segment.count for segment in self.segments)
+
+    @property
+    def key(self) -> str:
+        """The chunk's name in the container."""
+        return f"{self.segments[0].name}@{self.segments[0].start}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartLayout:
+    """What one safetensors file of an update covers.
+
+    `forms` has every tensor that a chunk here touches; the tensors without elements are in the first part.
+    """
+
+    forms: tuple[TensorForm, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def plan_chunks(forms: Iterable[TensorForm]) -> list[Chunk]:
+    """Chunks in name order within each dtype: large tensors are cut, small neighbours share one."""
+    chunks: list[Chunk] = []
+    for dtype, group in _by_dtype(forms).items():
+        pending: list[Segment] = []
+        room = CHUNK_ELEMENTS
+        for form in group:
+            for start in range(0, form.elements, CHUNK_ELEMENTS):
+                count = min(CHUNK_ELEMENTS, form.elements - start)
+                if count > room or len(pending) == PART_SEGMENTS:
+                    chunks.append(Chunk(dtype=dtype, segments=tuple(pending)))
+                    pending, room = [], CHUNK_ELEMENTS
+                pending.append(Segment(name=form.name, start=start, count=count))
+                room -= count
+        if pending:
+            chunks.append(Chunk(dtype=dtype, segments=tuple(pending)))
+    return chunks
+
+
+def plan_parts(forms: Sequence[TensorForm]) -> list[PartLayout]:
+    """Parts of at most PART_BYTES of model bytes and PART_SEGMENTS segments; at least one."""
+    by_name = {form.name: form for form in forms}
+    groups: list[list[Chunk]] = [[]]
+    room, slots = PART_BYTES, PART_SEGMENTS
+    for chunk in plan_chunks(forms):
+        size = chunk.count * by_name[chunk.segments[0].name].item_bytes
+        if size > room or len(chunk.segments) > slots:
+            groups.append([])
+            room, slots = PART_BYTES, PART_SEGMENTS
+        groups[-1].append(chunk)
+        room -= size
+        slots -= len(chunk.segments)
+    parts: list[PartLayout] = []
+    empty = [form.name for form in forms if form.elements == 0]
+    for index, chunks in enumerate(groups):
+        names = {segment.name for chunk in chunks for segment in chunk.segments}
+        names.update(empty if index == 0 else ())
+        parts.append(PartLayout(forms=tuple(by_name[name] for name in sorted(names)), chunks=tuple(chunks)))
+    return parts
+
+
+def views_of(weights: Weights, chunk: Chunk) -> list[Bits]:
+    """The chunk's segments, not copied."""
+    return [weights[part.name].bits[part.start : part.start + part.count] for part in chunk.segments]
+
+
+def gather(weights: Weights, chunk: Chunk) -> Bits:
+    """The chunk's elements in one array: a view where it has one segment."""
+    views = views_of(weights, chunk)
+    return views[0] if len(views) == 1 else np.concatenate(views)
+
+
+def _by_dtype(forms: Iterable[TensorForm]) -> dict[str, list[TensorForm]]:
+    groups: dict[str, list[TensorForm]] = {}
+    for form in sorted(forms, key=lambda form: (form.dtype, form.name)):
+        groups.setdefault(form.dtype, []).append(form)
+    return groups

@@ -1,0 +1,75 @@
+"""Between torch state dicts and bit patterns. Imported by learner and sampler only: the codec itself knows no torch."""
+
+from collections.abc import Mapping
+
+import torch
+
+from services.runtime.errors import InvalidWeightsError
+from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, BitTensor, Weights, check_form
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+CARRIER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def to_bits(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = torch.bfloat16) -> dict[str, BitTensor]:
+    """A snapshot: floating tensors cast to `dtype` (None: as they are), copied to the CPU.
+
+    Nothing in the result shares memory with the model, so that training may go on. Of tensors that are one in memory (tied
+    weights) only the first name is kept. Raises InvalidWeightsError for a name or type that does not travel.
+    """
+    weights: dict[str, BitTensor] = {}
+    seen: set[tuple[str, int, tuple[int, ...], tuple[int, ...]]] = set()
+    for name, tensor in state_dict.items():
+        identity = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and tensor.data_ptr() and identity in seen:
+            continue
+        seen.add(identity)
+        weights[name] = _bits_of(name, tensor.detach(), dtype)
+    return weights
+
+
+def to_torch(weights: Weights, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """Tensors with the same bits. On the CPU they share memory with `weights`, which must then be writable or only read."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        dtype = TORCH_DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise InvalidWeightsError(f"{name} has the type {tensor.dtype}, which torch does not have here")
+        bits = tensor.bits if tensor.bits.flags.writeable else tensor.bits.copy()
+        signed = torch.from_numpy(
+            bits.view(f"u{bits.dtype.itemsize}" if bits.dtype.itemsize == 1 else f"i{bits.dtype.itemsize}")
+        )
+        tensors[name] = signed.view(dtype).reshape(tensor.shape).to(device)
+    return tensors
+
+
+def _bits_of(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> BitTensor:
+    target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    type_name = DTYPES.get(target)
+    if type_name is None:
+        raise InvalidWeightsError(f"{name} has the type {target}, which does not travel: convert it first")
+    form = check_form(name, type_name, tensor.shape)
+    copied = tensor.to(device="cpu", dtype=target, copy=True).contiguous()
+    carrier = copied.reshape(-1).view(CARRIER[form.item_bytes])
+    return BitTensor(dtype=type_name, shape=form.shape, bits=carrier.numpy().view(BITS_TYPE[ITEM_BYTES[type_name]]))
