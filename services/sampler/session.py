@@ -1,0 +1,161 @@
+"""The sampler's standing with the learner: registration, registering again after a learner's restart, fenced calls."""
+
+import asyncio
+import random
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+
+from heterorl.v1 import control_pb2
+from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
+from services.runtime.address import Address
+from services.runtime.errors import (
+    ExhaustedError,
+    MismatchError,
+    SessionLostError,
+    StaleSessionError,
+    UnavailableError,
+)
+from services.runtime.log import get_logger
+from services.sampler.backoff import Backoff
+from services.sampler.spool import Spool
+from services.wire.convert import from_run_settings, from_session, to_engine
+from services.wire.errors import from_rpc_error
+from services.wire.types import PROTOCOL_VERSION, EngineInfo, RunSettings, Session
+
+_log = get_logger("sampler.session")
+_TIMEOUT_S = 10.0
+_T = TypeVar("_T")
+
+
+class LearnerSession:
+    """One registration at a time; every call that names a session goes through `call`."""
+
+    def __init__(
+        self,
+        *,
+        control: ControlServiceAsyncStub,
+        learner: Address,
+        sampler_id: str,
+        spool: Spool,
+        engine: Callable[[], EngineInfo | None],
+        give_up_s: float,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._control = control
+        self._learner = learner
+        self._sampler_id = sampler_id
+        self._spool = spool
+        self._engine = engine
+        self._give_up_s = give_up_s
+        self._draw = draw
+        self._renewing = asyncio.Lock()
+        self._session: Session | None = None
+        self._settings: RunSettings | None = None
+        self._last_contact = time.monotonic()
+        self.heartbeat_interval_s = 10.0
+        self.learner_version = 0
+        """The learner's policy version, as last heard."""
+
+    @property
+    def session(self) -> Session:
+        assert self._session is not None, "register first"
+        return self._session
+
+    @property
+    def settings(self) -> RunSettings:
+        assert self._settings is not None, "register first"
+        return self._settings
+
+    async def register(self) -> None:
+        """Registers, however long it takes for the learner to answer.
+
+        Raises UnavailableError after give_up_s of silence, MismatchError (protocol; another run or model than
+        before), RefusedError (identity), FencedError.
+        """
+        backoff = Backoff(self._draw)
+        while True:
+            try:
+                response = await self._control.Register(self._request(), timeout=_TIMEOUT_S, wait_for_ready=False)
+                break
+            except grpc.aio.AioRpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                if not isinstance(error, UnavailableError | ExhaustedError):
+                    raise error from None
+            self.check_patience()
+            wait_s = max(backoff.next_s(), 0.1)
+            _log.warning(
+                f"learner {self._learner} does not answer, next try in {wait_s:.1f} s",
+                learner=self._learner,
+                error=error,
+            )
+            await asyncio.sleep(wait_s)
+        self._accept(response)
+        await self._spool.bind(self.session.run_id)
+
+    async def call(self, send: Callable[[Session], Awaitable[_T]]) -> _T:
+        """Makes one call under the current session.
+
+        Raises what the learner raised. When it says that the session is over, registers again, and raises
+        UnavailableError: the caller tries again as it does for a lost connection.
+        """
+        session = self.session
+        try:
+            answer = await send(session)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise await self.after_failure(session, rpc_error) from None
+        self._last_contact = time.monotonic()
+        return answer
+
+    async def after_failure(self, session: Session, rpc_error: grpc.aio.AioRpcError) -> Exception:
+        """What to raise for a failed call made under `session`; registers again first where that is the answer."""
+        error = from_rpc_error(rpc_error)
+        if not isinstance(error, SessionLostError | StaleSessionError):
+            return error
+        async with self._renewing:
+            if self._session is session:
+                _log.info("registering_again", reason=error)
+                await self.register()
+        return UnavailableError("the session was renewed: try again")
+
+    def check_patience(self) -> None:
+        """Raises UnavailableError when the learner has been silent for longer than connect.give_up_s."""
+        silent_s = time.monotonic() - self._last_contact
+        if self._give_up_s and silent_s > self._give_up_s:
+            raise UnavailableError(f"learner {self._learner} has not answered for {silent_s:.0f} s: is it running?")
+
+    def _request(self) -> control_pb2.RegisterRequest:
+        return control_pb2.RegisterRequest(
+            sampler_id=self._sampler_id,
+            protocol_min=PROTOCOL_VERSION,
+            protocol_max=PROTOCOL_VERSION,
+            hostname=socket.gethostname(),
+            engine=to_engine(self._engine()),
+            spool_id=self._spool.spool_id,
+            last_run_id=self._spool.run_id,
+        )
+
+    def _accept(self, response: control_pb2.RegisterResponse) -> None:
+        session, settings = from_session(response.session), from_run_settings(response.settings)
+        if response.protocol_version != PROTOCOL_VERSION:
+            raise MismatchError(f"the learner chose protocol {response.protocol_version}, unknown here: update one end")
+        if self._session is not None and self._settings is not None:
+            if session.run_id != self._session.run_id:
+                raise SessionLostError(f"the learner now serves run {session.run_id}: start the sampler again for it")
+            if settings.model_files_sha256 != self._settings.model_files_sha256:
+                raise SessionLostError("the learner's model or tokenizer has changed: start the sampler again")
+        self._session, self._settings = session, settings
+        self.heartbeat_interval_s = max(0.05, response.heartbeat_interval_ms / 1000)
+        self.learner_version = response.learner_version
+        self._last_contact = time.monotonic()
+        _log.info(
+            "registered",
+            learner=self._learner,
+            run_id=session.run_id,
+            learner_epoch=session.learner_epoch,
+            session_epoch=session.session_epoch,
+            learner_version=response.learner_version,
+        )

@@ -1,0 +1,159 @@
+"""The spool's SQLite file. Synchronous; one connection, used by one thread only (`spool.Spool` owns that thread)."""
+
+import hashlib
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from services.runtime import failpoints
+from services.runtime.errors import StorageError
+from services.runtime.files import sync_directory
+from services.runtime.log import get_logger
+from services.wire.types import GroupEnvelope
+
+_log = get_logger("sampler.spool")
+_SCHEMA = """
+CREATE TABLE meta (spool_id TEXT NOT NULL, run_id TEXT NOT NULL);
+CREATE TABLE groups (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    group_id TEXT NOT NULL UNIQUE,
+    content_sha256 BLOB NOT NULL,
+    payload BLOB NOT NULL
+);
+"""
+_FORMAT = 1
+
+
+def uuid7(unix_ms: int, random_bytes: bytes) -> str:
+    """UUID version 7 (RFC 9562): 48 bits of time, then random bits (10 bytes are used)."""
+    bits = int.from_bytes(random_bytes[:10], "big")
+    high = (unix_ms & (1 << 48) - 1) << 80
+    value = high | 0x7 << 76 | (bits >> 64 & 0xFFF) << 64 | 0b10 << 62 | bits & (1 << 62) - 1
+    return str(uuid.UUID(int=value))
+
+
+class SpoolFile:
+    """Groups in order of seq. Every method raises StorageError when the disk is full or fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._db = self._open()
+        self.spool_id, self.run_id = self._db.execute("SELECT spool_id, run_id FROM meta").fetchone()
+
+    def bind(self, run_id: str) -> None:
+        """Makes this the spool of `run_id`; the spool of another run is renamed and a new one begun."""
+        if self.run_id not in ("", run_id):
+            self._set_aside(f"run-{self.run_id}")
+            self._db = self._open()
+            self.spool_id, self.run_id = self._db.execute("SELECT spool_id, run_id FROM meta").fetchone()
+        with _storage("write"), self._db:
+            self._db.execute("UPDATE meta SET run_id = ?", (run_id,))
+        self.run_id = run_id
+
+    def append(self, payload: bytes) -> int:
+        """The group's seq, once it is on disk."""
+        row = (uuid7(time.time_ns() // 1_000_000, os.urandom(10)), hashlib.sha256(payload).digest(), payload)
+        with _storage("write"), self._db:
+            cursor = self._db.execute("INSERT INTO groups (group_id, content_sha256, payload) VALUES (?, ?, ?)", row)
+            failpoints.hit("spool.before_commit")
+        failpoints.hit("spool.after_commit")
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def read_from(self, seq: int, max_bytes: int) -> list[GroupEnvelope]:
+        """Groups from `seq` on, up to max_bytes of payload but one at least."""
+        found: list[GroupEnvelope] = []
+        size = 0
+        query = "SELECT seq, group_id, content_sha256, payload FROM groups WHERE seq >= ? ORDER BY seq"
+        with _storage("read"), closing(self._db.execute(query, (seq,))) as rows:
+            for number, group_id, digest, payload in rows:
+                size += len(payload)
+                if found and size > max_bytes:
+                    break
+                found.append(GroupEnvelope(seq=number, group_id=group_id, content_sha256=digest, payload=payload))
+        return found
+
+    def delete_through(self, seq: int) -> None:
+        """Forgets acknowledged groups."""
+        with _storage("write"), self._db:
+            self._db.execute("DELETE FROM groups WHERE seq <= ?", (seq,))
+            failpoints.hit("spool.before_delete_commit")
+
+    def renumber(self) -> None:
+        """A new spool id with seqs from 1: for a learner that has lost what it had acknowledged."""
+        spool_id = str(uuid.uuid4())
+        with _storage("write"), self._db:
+            first = self._db.execute("SELECT MIN(seq) FROM groups").fetchone()[0] or 1
+            # Through negative numbers: an UPDATE that shifts keys downwards may meet keys that are still in place.
+            self._db.execute("UPDATE groups SET seq = -(seq - ?)", (first - 1,))
+            self._db.execute("UPDATE groups SET seq = -seq")
+            last = self._db.execute("SELECT COALESCE(MAX(seq), 0) FROM groups").fetchone()[0]
+            self._db.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = 'groups'", (last,))
+            self._db.execute("UPDATE meta SET spool_id = ?", (spool_id,))
+        self.spool_id = spool_id
+
+    def measure(self) -> tuple[int, int, int]:
+        """(groups, bytes of payload, lowest seq or 0)."""
+        with _storage("read"):
+            query = "SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0), COALESCE(MIN(seq), 0) FROM groups"
+            groups, size, first = self._db.execute(query).fetchone()
+        return groups, size, first
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            return self._connect()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise StorageError(f"cannot open {self._path}: {error}; free disk space or mend the disk") from error
+            _log.error("spool_damaged", path=self._path, error=error)
+            self._rename("damaged")
+            return self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, check_same_thread=False)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+                with db:
+                    db.executescript("BEGIN;" + _SCHEMA)
+                    db.execute("INSERT INTO meta VALUES (?, '')", (str(uuid.uuid4()),))
+                    db.execute(f"PRAGMA user_version = {_FORMAT}")
+                sync_directory(self._path.parent)
+            if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("quick_check found damage")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _set_aside(self, reason: str) -> None:
+        groups, size, _ = self.measure()
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.close()
+        kept = self._rename(reason)
+        _log.warning("spool_set_aside", kept=kept, run_id=self.run_id, groups=groups, bytes=size)
+
+    def _rename(self, reason: str) -> Path:
+        kept = self._path.with_name(f"{self._path.stem}.{reason}.{time.time_ns()}{self._path.suffix}")
+        for suffix in ("", "-wal", "-shm"):
+            part = self._path.with_name(self._path.name + suffix)
+            if part.exists():
+                part.rename(kept.with_name(kept.name + suffix))
+        return kept
+
+
+@contextmanager
+def _storage(what: str) -> Generator[None]:
+    """Turns SQLite's errors into StorageError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(f"cannot {what} the spool: {error}; free disk space or mend the disk") from error
