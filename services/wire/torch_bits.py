@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from services.runtime.errors import InvalidWeightsError
+from services.wire.delta.sparse import SIGNED
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, BitTensor, Weights, check_form
 
 DTYPES: dict[torch.dtype, str] = {
@@ -29,14 +30,14 @@ DTYPES: dict[torch.dtype, str] = {
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-CARRIER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CARRIER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def to_bits(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = torch.bfloat16) -> dict[str, BitTensor]:
     """A snapshot: floating tensors cast to `dtype` (None: as they are), copied to the CPU.
 
-    Nothing in the result shares memory with the model, so that training may go on. Of tensors that are one in memory (tied
-    weights) only the first name is kept. Raises InvalidWeightsError for a name or type that does not travel.
+    Nothing in the result shares memory with the model, so that training may go on. Of tensors that are one in memory
+    (tied weights) only the first name is kept. Raises InvalidWeightsError for a name or type that does not travel.
     """
     weights: dict[str, BitTensor] = {}
     seen: set[tuple[str, int, tuple[int, ...], tuple[int, ...]]] = set()
@@ -50,16 +51,14 @@ def to_bits(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = 
 
 
 def to_torch(weights: Weights, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-    """Tensors with the same bits. On the CPU they share memory with `weights`, which must then be writable or only read."""
+    """Tensors with the same bits. On the CPU they share the memory of `weights` where that is writable."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         dtype = TORCH_DTYPES.get(tensor.dtype)
         if dtype is None:
             raise InvalidWeightsError(f"{name} has the type {tensor.dtype}, which torch does not have here")
         bits = tensor.bits if tensor.bits.flags.writeable else tensor.bits.copy()
-        signed = torch.from_numpy(
-            bits.view(f"u{bits.dtype.itemsize}" if bits.dtype.itemsize == 1 else f"i{bits.dtype.itemsize}")
-        )
+        signed = torch.from_numpy(bits.view(SIGNED[bits.dtype.itemsize]))
         tensors[name] = signed.view(dtype).reshape(tensor.shape).to(device)
     return tensors
 

@@ -3,6 +3,7 @@
 from services.wire.delta.codec import Codec
 from services.wire.delta.decode import WrongBaseError, apply_update, inspect
 from services.wire.delta.encode import encode_delta, encode_keyframe, iter_encode
+from services.wire.delta.files import read_weights, write_weights
 from services.wire.delta.tensors import BitTensor, Weights, digests_of, root_of
 from services.wire.delta.update import EncodedUpdate, UpdateInfo, UpdateKind
 from services.wire.delta.validate import validate_names_shapes
@@ -21,6 +22,8 @@ __all__ = [
     "encode_keyframe",
     "inspect",
     "iter_encode",
+    "read_weights",
     "root_of",
     "validate_names_shapes",
+    "write_weights",
 ]

@@ -3,14 +3,15 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 
 from services.runtime.errors import BadInputError, CorruptObjectError, InputMissingError, StorageError
 from services.wire.delta.container import HEADER_LENGTH, build_header, header_bytes, parse_header
-from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, BitTensor, Weights, check_form, forms_of
+from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Weights, check_form, forms_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -124,11 +125,8 @@ def _read_file(path: Path, mapped: bool) -> Iterator[tuple[str, BitTensor]]:
             for name, entry in header.entries.items():
                 form = check_form(name, entry.dtype, entry.shape)
                 dtype = np.dtype(BITS_TYPE[ITEM_BYTES[entry.dtype]])
-                bits = (
-                    _map(path, entry.start, form.elements, dtype)
-                    if mapped
-                    else _read(file, entry.start, form.elements, dtype)
-                )
+                load = _map if mapped else _read
+                bits = load(file, entry.start, form.elements, dtype)
                 yield name, BitTensor(dtype=form.dtype, shape=form.shape, bits=bits)
     except FileNotFoundError as error:
         raise InputMissingError(f"there is no file {path}") from error
@@ -138,15 +136,15 @@ def _read_file(path: Path, mapped: bool) -> Iterator[tuple[str, BitTensor]]:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read(file: BinaryIO, start: int, count: int, dtype: "np.dtype[np.unsignedinteger]") -> np.ndarray:
+def _read(file: BufferedReader, start: int, count: int, dtype: "np.dtype[np.unsignedinteger]") -> Bits:
     bits = np.empty(count, dtype)
     file.seek(start)
-    if file.readinto(memoryview(bits.view(np.uint8))) != bits.nbytes:
+    if file.readinto(cast("bytearray", bits.view(np.uint8))) != bits.nbytes:
         raise CorruptObjectError("the file was cut short while it was read")
     return bits
 
 
-def _map(path: Path, start: int, count: int, dtype: "np.dtype[np.unsignedinteger]") -> np.ndarray:
+def _map(file: BufferedReader, start: int, count: int, dtype: "np.dtype[np.unsignedinteger]") -> Bits:
     if count == 0:
         return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r", offset=start, shape=(count,)))
+    return np.asarray(np.memmap(file, dtype, mode="r", offset=start, shape=(count,)))
