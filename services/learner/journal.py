@@ -1,0 +1,276 @@
+"""The learner's durable record of groups: nothing is acknowledged before it is here.
+
+SQLite in WAL mode, synchronous=FULL, one connection in one thread (two writing connections can corrupt a WAL before
+SQLite 3.51.3). Every method is one transaction that is on disk when the call returns.
+
+A group's life:  commit (with its verdict) ──► mark_trained | mark_dropped          rewind_to undoes the last arrow
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from services.learner import journal_rows as rows
+from services.learner import journal_schema as schema
+from services.learner.journal_rows import First, GroupRow, PendingRow, RepeatRow, drop_reason
+from services.learner.journal_schema import Recovered
+from services.learner.tally import Tally
+from services.runtime.errors import HeteroRLError, StorageError
+from services.runtime.failpoints import hit
+from services.wire.types import VerdictCode
+
+_T = TypeVar("_T")
+
+FUTURE_VERSION = "FUTURE_VERSION"
+"""Why groups of versions that a restored learner has not made yet leave the buffer."""
+
+
+class Journal:
+    """Made by `open`. After an I/O error other than a full disk it refuses all work: the process must restart."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tally = Tally()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._connection: sqlite3.Connection | None = None
+        self._broken: StorageError | None = None
+        self._epoch = 0
+
+    @classmethod
+    async def open(cls, path: Path, run_id: str) -> tuple["Journal", Recovered]:
+        """Opens or makes the file and raises the learner's epoch.
+
+        Raises ConfigError for a journal of another run or format, StorageError when the disk fails.
+        """
+        journal = cls(path)
+        loop = asyncio.get_running_loop()
+
+        def start() -> Recovered:
+            journal._connection = schema.connect(path, run_id)
+            return journal._transact(schema.recover)
+
+        try:
+            recovered = await loop.run_in_executor(journal._thread, start)
+        except BaseException:
+            journal._thread.shutdown(wait=False)
+            raise
+        journal.tally = recovered.tally
+        journal._epoch = recovered.learner_epoch
+        return journal, recovered
+
+    async def close(self) -> None:
+        def stop() -> None:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, stop)
+        self._thread.shutdown()
+
+    @property
+    def broken(self) -> StorageError | None:
+        """The fault after which nothing may be trusted to this process any more."""
+        return self._broken
+
+    async def find(self, keys: Sequence[tuple[str, str, int, str]]) -> list[tuple[First | None, First | None]]:
+        """For each (sampler, spool, seq, group id): what came before under that seq, and under that id."""
+        return await self._run(lambda connection: [rows.find(connection, *key) for key in keys])
+
+    async def commit(self, groups: Sequence[GroupRow], repeats: Sequence[RepeatRow], resent: int = 0) -> list[int]:
+        """Writes new groups, repeats and the streams' last seq in one transaction; returns the groups' ids, in order.
+
+        `resent` counts duplicates that came under a seq that the journal already holds.
+        """
+
+        def write(connection: sqlite3.Connection) -> list[int]:
+            ids = [rows.insert_group(connection, group, self._epoch) for group in groups]
+            for repeat in repeats:
+                rows.insert_repeat(connection, repeat)
+            for row in (*groups, *repeats):
+                connection.execute(
+                    "INSERT INTO streams VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET last_seq = "
+                    "MAX(last_seq, excluded.last_seq)",
+                    (row.sampler_id, row.spool_id, row.seq),
+                )
+            if resent:
+                schema.put_meta(connection, "resent", schema.get_meta(connection, "resent", 0) + resent)
+            hit("journal.before_commit")
+            return ids
+
+        ids = await self._run(write)
+        hit("journal.after_commit")
+        self._count_commit(groups, repeats, resent)
+        return ids
+
+    async def skip_to(self, sampler_id: str, spool_id: str, last_seq: int) -> None:
+        """Notes that a spool's groups up to last_seq are not to be had: it deleted them, this journal has no record."""
+        await self._run(
+            lambda connection: connection.execute(
+                "INSERT OR REPLACE INTO streams VALUES (?, ?, ?)", (sampler_id, spool_id, last_seq)
+            )
+        )
+
+    async def mark_trained(self, groups: Sequence[tuple[int, int]], step: int) -> None:
+        """Records (id, staleness in versions) as trained at `step`. All must be pending: each trains at most once."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            for row_id, staleness in groups:
+                done = connection.execute(
+                    "UPDATE groups SET trained_step = ?, staleness = ? WHERE id = ? AND verdict = 1 AND purpose = 1 "
+                    "AND trained_step IS NULL AND dropped_reason IS NULL",
+                    (step, staleness, row_id),
+                )
+                if done.rowcount != 1:
+                    raise HeteroRLError(f"group {row_id} of the journal is not pending: it cannot train at step {step}")
+            hit("journal.before_mark_trained")
+
+        await self._run(write)
+        self.tally.trained += len(groups)
+        self.tally.staleness.update(staleness for _, staleness in groups)
+
+    async def mark_dropped(self, groups: Sequence[tuple[int, str]], step: int) -> None:
+        """Records (id, reason) as dropped before `step`; a group that is not pending stays what it is."""
+
+        def write(connection: sqlite3.Connection) -> list[str]:
+            return [
+                reason
+                for row_id, reason in groups
+                if connection.execute(
+                    "UPDATE groups SET dropped_reason = ?, dropped_step = ? WHERE id = ? AND verdict = 1 "
+                    "AND trained_step IS NULL AND dropped_reason IS NULL",
+                    (reason, step, row_id),
+                ).rowcount
+            ]
+
+        self.tally.dropped.update(await self._run(write))
+
+    async def rewind_to(self, step: int, version: int) -> None:
+        """Back to the state after `step`, whose checkpoint holds policy `version`.
+
+        What was trained or dropped later is pending again, except groups of versions that do not exist any more:
+        those are dropped as FUTURE_VERSION.
+        """
+
+        def write(connection: sqlite3.Connection) -> Tally:
+            connection.execute(
+                "UPDATE groups SET trained_step = NULL, staleness = NULL WHERE trained_step > ?", (step,)
+            )
+            connection.execute(
+                "UPDATE groups SET dropped_step = NULL, dropped_reason = NULL WHERE dropped_step > ?", (step,)
+            )
+            connection.execute(
+                "UPDATE groups SET dropped_step = ?, dropped_reason = ? WHERE verdict = 1 AND purpose = 1 "
+                "AND trained_step IS NULL AND dropped_reason IS NULL AND policy_version > ?",
+                (step, FUTURE_VERSION, version),
+            )
+            connection.execute("UPDATE versions SET retired = 1 WHERE version > ?", (version,))
+            return schema.read_tally(connection)
+
+        self.tally = await self._run(write)
+
+    async def pending(self) -> list[PendingRow]:
+        """Accepted groups that are neither trained nor dropped, in order of arrival."""
+        found = await self._run(
+            lambda connection: connection.execute(
+                "SELECT id, sampler_id, lease_number, policy_version, payload FROM groups WHERE verdict = 1 "
+                "AND purpose = 1 AND trained_step IS NULL AND dropped_reason IS NULL ORDER BY id"
+            ).fetchall()
+        )
+        return [
+            PendingRow(id=row[0], sampler_id=row[1], lease_number=row[2], policy_version=row[3], payload=row[4])
+            for row in found
+        ]
+
+    async def answered(self, floor: int) -> set[int]:
+        """Numbers, from `floor` on, of prompts whose accepted group was not dropped."""
+        found = await self._run(
+            lambda connection: connection.execute(
+                "SELECT lease_number FROM groups WHERE verdict = 1 AND purpose = 1 AND dropped_reason IS NULL "
+                "AND lease_number >= ?",
+                (floor,),
+            ).fetchall()
+        )
+        return {row[0] for row in found}
+
+    async def record_leases(self, following: int, floor: int) -> None:
+        """Before prompts below `following` are handed out: a restarted learner then knows that they may be at work."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            schema.put_meta(connection, "leases_next", following)
+            schema.put_meta(connection, "leases_floor", floor)
+
+        await self._run(write)
+
+    async def record_version(self, version: int, root: str) -> None:
+        row = (version, root, self._epoch)
+        await self._run(
+            lambda connection: connection.execute("INSERT OR REPLACE INTO versions VALUES (?, ?, ?, 0)", row)
+        )
+
+    async def raise_session_epoch(self, sampler_id: str) -> int:
+        """The next session epoch of this id, from 1."""
+        row = await self._run(
+            lambda connection: connection.execute(
+                "INSERT INTO sessions VALUES (?, 1) ON CONFLICT DO UPDATE SET epoch = epoch + 1 RETURNING epoch",
+                (sampler_id,),
+            ).fetchall()
+        )
+        return int(row[0][0])
+
+    async def raise_eval_round(self) -> int:
+        """The next evaluation round, from 1."""
+
+        def write(connection: sqlite3.Connection) -> int:
+            number = schema.get_meta(connection, "eval_round", 0) + 1
+            schema.put_meta(connection, "eval_round", number)
+            return number
+
+        return await self._run(write)
+
+    async def set_denied(self, sampler_id: str, denied: bool) -> None:
+        statement = "INSERT OR IGNORE INTO denied VALUES (?)" if denied else "DELETE FROM denied WHERE sampler_id = ?"
+        await self._run(lambda connection: connection.execute(statement, (sampler_id,)))
+
+    def _count_commit(self, groups: Iterable[GroupRow], repeats: Iterable[RepeatRow], resent: int) -> None:
+        self.tally.duplicates += resent
+        for group in groups:
+            if group.purpose == rows.PURPOSE_EVAL:
+                self.tally.evaluated += 1
+                continue
+            self.tally.acknowledged += 1
+            if group.verdict is not VerdictCode.ACCEPTED:
+                self.tally.dropped[drop_reason(group.verdict, group.reason)] += 1
+        for repeat in repeats:
+            if repeat.fresh:
+                self.tally.acknowledged += 1
+                self.tally.dropped[drop_reason(repeat.verdict, repeat.reason)] += 1
+            else:
+                self.tally.duplicates += 1
+
+    async def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
+
+    def _transact(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """One transaction, in the journal's thread. Raises StorageError, with nothing written."""
+        if self._broken is not None or self._connection is None:
+            raise self._broken or StorageError(f"journal {self.path} is closed")
+        connection = self._connection
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                result = work(connection)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            fault = StorageError(f"journal {self.path} cannot be written ({error}): free space or replace the disk")
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
+                # After a failed fsync the kernel may report the next one as good though pages were lost.
+                self._broken = fault
+            raise fault from error
+        return result

@@ -1,0 +1,349 @@
+"""The lease table: who works on which prompt, until when.
+
+    new prompt ─grant─► out ─answer─► (journal, buffer) ─┐
+        ▲                │ expiry, release                │ dropped: stale, invalid
+        └── returned ◄───┴────────────────────────────────┘
+            (granted again before new prompts, to anyone)
+
+Prompts are numbered (`dataset.PromptOrder`). The journal knows the next number and which numbers were answered, so a
+restarted learner grants neither twice: what was out becomes an orphan, which the sampler that still works on it takes
+back by naming it in a heartbeat, and which expires otherwise. A late group of an expired lease is accepted while nobody
+else has answered.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from services.learner.admission import LeaseFacts, Standing
+from services.learner.dataset import PromptOrder
+from services.learner.pacing import Pacing
+from services.learner.work import Holder, LeaseName, Work, seed_of
+from services.learner.work_list import WorkList
+from services.wire.types import Lease, LeasePurpose, Prompt
+
+_MAX_HOLD = 10
+"""Times the time-to-live that a lease can be renewed: a hung engine behind a live heartbeat must not stop the run."""
+_VERSION_WAIT_S = 0.5
+"""How long a call is held that needs newer weights first: they arrive at the sampler, and nothing here would tell."""
+
+PROMPT_FAULTS = frozenset({"prompt_too_long", "bad_gold"})
+"""Reasons of a release that lie in the prompt: no sampler could answer it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRules:
+    run_seed: int
+    group_size: int
+    ttl_s: float
+    grace_s: float
+    """What a session's leases keep when a newer process of the same sampler registers: its spool may answer them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    leases: tuple[Lease, ...]
+    reason: str = ""
+    """Why there are none: "pacing" or "no_prompts"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What the table asks of the rest of the learner."""
+
+    waiting: Callable[[], int]
+    """Groups in the buffer and in the step under way."""
+    alive: Callable[[str, int], bool]
+    """False for a (sampler, session epoch) that was lost."""
+    samplers: Callable[[], int]
+    """Samplers that are not lost."""
+    record: Callable[[int, int], Awaitable[None]]
+    """Makes (number of the next new prompt, lowest open number) durable."""
+    given_up: Callable[[Work], None]
+    """Nobody will be asked for this work again."""
+
+
+class LeaseTable:
+    def __init__(
+        self,
+        *,
+        rules: LeaseRules,
+        order: PromptOrder,
+        pacing: Pacing,
+        learner_epoch: int,
+        clock: Callable[[], float],
+        around: Surroundings,
+    ) -> None:
+        self._rules = rules
+        self._pacing = pacing
+        self._epoch = learner_epoch
+        self._clock = clock
+        self._around = around
+        self._works = WorkList(order, rules.group_size, around.given_up)
+        self._version = -1
+        self._changed = asyncio.Event()
+
+    def restore(self, following: int, floor: int, answered: set[int]) -> None:
+        """After a restart: prompts in [floor, following) that no group answered may be at work for one ttl more."""
+        self._works.restore(following, floor, answered, self._clock() + self._rules.ttl_s)
+
+    def advance(self, version: int) -> None:
+        """A new version is out: there is room for more."""
+        self._version = version
+        self._pacing.advanced()
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets waiting calls look again, because room or prompts may have come."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def active(self) -> int:
+        """Leases out now, evaluation included."""
+        return sum(work.is_out for work in self._works)
+
+    async def grant(
+        self, sampler_id: str, session_epoch: int, max_leases: int, policy_version: int, wait_s: float
+    ) -> Granted:
+        """Up to `max_leases`; waits up to `wait_s` for the first. Evaluation goes before training.
+
+        Cancelling the call gives back what it took. Raises StorageError when the journal fails.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        while True:
+            changed, before = self._changed, self._works.following
+            taken, reason, brief = self._take(sampler_id, session_epoch, max_leases, policy_version)
+            if taken:
+                return await self._hand_out(taken, before)
+            if brief:
+                until = min(until, loop.time() + _VERSION_WAIT_S)
+            left = until - loop.time()
+            if left <= 0:
+                return Granted(leases=(), reason=reason)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, self._next_expiry_s())):
+                    await changed.wait()
+
+    async def _hand_out(self, taken: Sequence[Work], before: int) -> Granted:
+        leases = tuple(self._lease(work, work.holder) for work in taken if work.holder is not None)
+        try:
+            if self._works.following > before:
+                await self._around.record(self._works.following, self._works.floor)
+        except BaseException:
+            self._return(taken)
+            raise
+        return Granted(leases=leases)
+
+    def _take(
+        self, sampler_id: str, session_epoch: int, max_leases: int, policy_version: int
+    ) -> tuple[list[Work], str, bool]:
+        """The works, the reason if there are none, and whether newer weights at the sampler would change that."""
+        self.expire()
+        if self._version < 0:
+            return [], "pacing", False
+        if works := self._choose_eval(sampler_id, max_leases, policy_version):
+            for work in works:
+                self._hold(work, sampler_id, session_epoch, work.min_eval_version)
+            return works, "", False
+        out, mine = self._training_out(sampler_id)
+        waiting = self._around.waiting()
+        room = self._pacing.rules.room - out - waiting
+        needed = self._pacing.needed_version(sampler_id, self._version, out, waiting)
+        if room <= 0 or needed is None:
+            return [], "pacing", bool(self._works.eval_waiting())
+        if policy_version + 1 < needed:  # one version behind is good enough: the lease makes the sampler wait for it
+            return [], "pacing", True
+        share = self._share(self._pacing.rules.room) - mine
+        for _ in range(min(room, share, max_leases)):
+            if (work := self._works.next_training()) is None:
+                return works, "" if works else "no_prompts", False
+            self._hold(work, sampler_id, session_epoch, needed)
+            works.append(work)
+        return works, "" if works else "pacing", False
+
+    def _choose_eval(self, sampler_id: str, max_leases: int, policy_version: int) -> list[Work]:
+        mine = sum(work.holder is not None and work.holder.sampler_id == sampler_id for work in self._works.eval_open())
+        share = max(0, min(self._share(len(self._works.eval_open())) - mine, max_leases))
+        return [w for w in self._works.eval_waiting() if policy_version + 1 >= w.min_eval_version][:share]
+
+    def _share(self, total: int) -> int:
+        """What one sampler may hold at once: a step, or an evaluation, ends when its slowest part does."""
+        return -(-total // max(1, self._around.samplers()))
+
+    def _training_out(self, sampler_id: str) -> tuple[int, int]:
+        """Training leases out, and those of this sampler."""
+        out = [work for work in self._works if work.is_out and work.purpose is LeasePurpose.TRAIN]
+        return len(out), sum(work.holder is not None and work.holder.sampler_id == sampler_id for work in out)
+
+    def _hold(self, work: Work, sampler_id: str, session_epoch: int, version: int, grant: int | None = None) -> None:
+        """Gives the work out, under a new grant unless an earlier one goes on."""
+        if grant is None:
+            grant = work.grants + 1
+            work.granted_to[grant] = sampler_id
+        self._works.unqueue(work)
+        now = self._clock()
+        work.grants = max(work.grants, grant)
+        work.orphaned_until = None
+        work.holder = Holder(
+            sampler_id=sampler_id,
+            session_epoch=session_epoch,
+            grant=grant,
+            granted_at=now,
+            deadline=now + self._rules.ttl_s,
+            min_policy_version=version,
+        )
+
+    def _lease(self, work: Work, holder: Holder) -> Lease:
+        return Lease(
+            lease_id=str(LeaseName(learner_epoch=self._epoch, key=work.key, grant=holder.grant)),
+            ttl_ms=int(self._rules.ttl_s * 1000),
+            prompt=work.prompt,
+            group_size=work.group_size,
+            purpose=work.purpose,
+            min_policy_version=holder.min_policy_version,
+            seed=seed_of(self._rules.run_seed, work.key),
+            eval_round=work.eval_round,
+        )
+
+    def add_eval(self, round_number: int, version: int, prompts: Sequence[Prompt], samples: int) -> None:
+        self._works.add_eval(round_number, version, prompts, samples)
+        self.wake()
+
+    def drop_eval(self, round_number: int) -> None:
+        """Ends a round: answers that still come are LEASE_LOST."""
+        for work in self._works.eval_open():
+            if work.eval_round == round_number:
+                self._works.remove(work)
+        self.wake()
+
+    def renew(
+        self, sampler_id: str, session_epoch: int, lease_ids: Iterable[str], policy_version: int
+    ) -> tuple[str, ...]:
+        """Renews what this sampler holds; returns those of `lease_ids` that are not its own any more."""
+        return tuple(
+            lease_id
+            for lease_id in lease_ids
+            if not self._renew(LeaseName.parse(lease_id), sampler_id, session_epoch, policy_version)
+        )
+
+    def _renew(self, name: LeaseName | None, sampler_id: str, session_epoch: int, policy_version: int) -> bool:
+        work = self._works.get(name.key) if name else None
+        if name is None or work is None or name.learner_epoch > self._epoch:
+            return False
+        holder = work.holder
+        if holder is None:
+            return self._take_back(work, name, sampler_id, session_epoch)
+        if (holder.sampler_id, holder.grant) != (sampler_id, name.grant):
+            return False
+        now = self._clock()
+        holder.session_epoch = session_epoch
+        held_s = now - holder.granted_at
+        behind = policy_version < holder.min_policy_version and held_s > self._rules.ttl_s
+        if held_s < _MAX_HOLD * self._rules.ttl_s and not behind:
+            holder.deadline = now + self._rules.ttl_s
+        return True
+
+    def _take_back(self, work: Work, name: LeaseName, sampler_id: str, session_epoch: int) -> bool:
+        """An orphan, or an expired lease that nobody else has been granted yet, goes back to who works on it."""
+        ours = name.learner_epoch == self._epoch
+        if ours and work.granted_to.get(name.grant) != sampler_id:
+            return False
+        self._hold(work, sampler_id, session_epoch, work.min_eval_version, name.grant)
+        return True
+
+    def release(self, sampler_id: str, lease_ids: Iterable[str], reason: str) -> None:
+        """Gives leases back; those that are not this sampler's are ignored."""
+        for lease_id in lease_ids:
+            if (work := self._held(lease_id, sampler_id)) is None:
+                continue
+            if reason in PROMPT_FAULTS:
+                self._works.give_up(work, unusable=True)
+            else:
+                self._works.put_back([work])
+        self.wake()
+
+    def replace_session(self, sampler_id: str) -> None:
+        """A newer process of this sampler registered: the leases of the older one end soon."""
+        for work in self._works:
+            if work.holder is not None and work.holder.sampler_id == sampler_id:
+                work.holder.deadline = min(work.holder.deadline, self._clock() + self._rules.grace_s)
+
+    def expire(self) -> None:
+        """Takes back what is overdue or held by a lost session."""
+        now = self._clock()
+        overdue = [work for work in self._works if work.is_out and self._is_overdue(work, now)]
+        if overdue:
+            self._return(overdue)
+
+    def _is_overdue(self, work: Work, now: float) -> bool:
+        if work.holder is None:
+            return work.orphaned_until is not None and now >= work.orphaned_until
+        return now >= work.holder.deadline or not self._around.alive(work.holder.sampler_id, work.holder.session_epoch)
+
+    def _next_expiry_s(self) -> float:
+        """Until the table may change by itself; sessions are lost without an event, so at most one second."""
+        now = self._clock()
+        ends = [w.holder.deadline if w.holder else w.orphaned_until or now for w in self._works if w.is_out]
+        return max(0.01, min([end - now for end in ends] + [1.0]))
+
+    def _return(self, works: Sequence[Work]) -> None:
+        self._works.put_back(works)
+        self.wake()
+
+    def _held(self, lease_id: str, sampler_id: str) -> Work | None:
+        """The work, if this lease of this sampler is out."""
+        name = LeaseName.parse(lease_id)
+        work = self._works.get(name.key) if name else None
+        if name is None or work is None or work.holder is None:
+            return None
+        return work if (work.holder.sampler_id, work.holder.grant) == (sampler_id, name.grant) else None
+
+    def facts(self, lease_id: str, sampler_id: str) -> LeaseFacts:
+        """What admission needs to know of the lease that a group of this sampler names."""
+        name = LeaseName.parse(lease_id)
+        if name is None or name.learner_epoch > self._epoch:
+            return LeaseFacts(standing=Standing.NEVER)
+        work = self._works.get(name.key)
+        if work is None:
+            over = name.number is None or name.number < self._works.following
+            return LeaseFacts(standing=Standing.OVER if over else Standing.NEVER)
+        if name.learner_epoch == self._epoch and work.granted_to.get(name.grant) != sampler_id:
+            return LeaseFacts(standing=Standing.NEVER)
+        return LeaseFacts(
+            standing=Standing.OPEN,
+            number=work.number,
+            prompt=work.prompt,
+            purpose=work.purpose,
+            eval_round=work.eval_round,
+            group_size=work.group_size,
+            min_policy_version=work.min_eval_version,
+        )
+
+    def answer(self, lease_id: str, sampler_id: str) -> Work:
+        """Takes the work out because a group for it is accepted; `take_back` undoes it. `facts` must say OPEN."""
+        name = LeaseName.parse(lease_id)
+        work = self._works.get(name.key) if name else None
+        if work is None:
+            raise ValueError(f"lease {lease_id!r} is not open")
+        if work.holder is not None and work.holder.sampler_id == sampler_id:
+            self._pacing.delivered(sampler_id, self._clock() - work.holder.granted_at)
+        self._works.remove(work)
+        return work
+
+    def take_back(self, work: Work) -> None:
+        """The group that answered is not in the journal after all."""
+        self._return([work])
+
+    def refuse(self, lease_id: str, sampler_id: str) -> None:
+        """The group that this sampler made for the lease was not accepted: the lease is free at once."""
+        if (work := self._held(lease_id, sampler_id)) is not None:
+            self._return([work])
+
+    def reopen(self, numbers: Iterable[int]) -> None:
+        """Accepted groups of these training prompts were dropped: the prompts are granted again before new ones."""
+        for number in numbers:
+            self._works.reopen(number)
+        self.wake()

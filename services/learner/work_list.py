@@ -1,0 +1,125 @@
+"""Every prompt that the run wants answered: open, out, waiting to be granted (again), or given up."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+
+from services.learner.dataset import PromptOrder
+from services.learner.work import Work
+from services.wire.types import LeasePurpose, Prompt
+
+_MAX_GRANTS = 8
+"""A prompt that so many grants did not get answered is given up: it may be what kills its samplers."""
+_MAX_DROPS = 3
+"""A prompt whose groups came too late so often is given up: it is slower than the staleness bound allows."""
+
+
+class WorkList:
+    """`on_given_up` hears of each work that nobody will be asked for again. Not thread-safe, and never waits."""
+
+    def __init__(self, order: PromptOrder, group_size: int, on_given_up: Callable[[Work], None]) -> None:
+        self._order = order
+        self._group_size = group_size
+        self._on_given_up = on_given_up
+        self._open: dict[str, Work] = {}
+        self._train: deque[str] = deque()
+        self._eval: deque[str] = deque()
+        self._drops: Counter[int] = Counter()
+        self._unusable: set[str] = set()
+        self.following = 0
+        """Number of the next new training prompt."""
+
+    def __iter__(self) -> Iterator[Work]:
+        return iter(self._open.values())
+
+    def get(self, key: str) -> Work | None:
+        return self._open.get(key)
+
+    @property
+    def floor(self) -> int:
+        """Training prompts below this number are answered or given up."""
+        return min((work.number for work in self if work.purpose is LeasePurpose.TRAIN), default=self.following)
+
+    def restore(self, following: int, floor: int, answered: set[int], orphaned_until: float) -> None:
+        """Prompts in [floor, following) that no group answered become orphans."""
+        self.following = following
+        for number in range(floor, following):
+            if number not in answered:
+                work = self._open_training(number)
+                work.orphaned_until = orphaned_until
+
+    def next_training(self) -> Work | None:
+        """A returned prompt, else a new one; None when every prompt of the data set is unusable."""
+        if self._train:
+            return self._open[self._train.popleft()]
+        for _ in range(len(self._order)):
+            number, self.following = self.following, self.following + 1
+            if self._order.at(number).prompt_id not in self._unusable:
+                return self._open_training(number)
+        return None
+
+    def _open_training(self, number: int) -> Work:
+        work = Work(
+            key=f"t{number}",
+            prompt=self._order.at(number),
+            purpose=LeasePurpose.TRAIN,
+            group_size=self._group_size,
+            number=number,
+        )
+        self._open[work.key] = work
+        return work
+
+    def add_eval(self, round_number: int, version: int, prompts: Sequence[Prompt], samples: int) -> None:
+        for index, prompt in enumerate(prompts):
+            work = Work(
+                key=f"e{round_number}.{index}",
+                prompt=prompt,
+                purpose=LeasePurpose.EVAL,
+                group_size=samples,
+                eval_round=round_number,
+                eval_index=index,
+                min_eval_version=version,
+            )
+            self._open[work.key] = work
+            self._eval.append(work.key)
+
+    def eval_waiting(self) -> tuple[Work, ...]:
+        """Evaluation prompts that nobody works on."""
+        return tuple(self._open[key] for key in self._eval)
+
+    def eval_open(self) -> tuple[Work, ...]:
+        """Evaluation prompts without an answer."""
+        return tuple(work for work in self if work.purpose is LeasePurpose.EVAL)
+
+    def unqueue(self, work: Work) -> None:
+        """Somebody works on it."""
+        for queue in (self._train, self._eval):
+            if work.key in queue:
+                queue.remove(work.key)
+
+    def put_back(self, works: Sequence[Work]) -> None:
+        """Nobody works on these any more: to be granted before new prompts, or given up after too many tries."""
+        for work in sorted(works, key=lambda work: (work.number, work.eval_index)):
+            work.holder = None
+            work.orphaned_until = None
+            self._open[work.key] = work
+            if work.grants >= _MAX_GRANTS:
+                self.give_up(work)
+            else:
+                (self._train if work.purpose is LeasePurpose.TRAIN else self._eval).append(work.key)
+
+    def reopen(self, number: int) -> None:
+        """The accepted group of this training prompt was dropped."""
+        self._drops[number] += 1
+        if self._drops[number] < _MAX_DROPS and f"t{number}" not in self._open:
+            self.put_back([self._open_training(number)])
+
+    def give_up(self, work: Work, unusable: bool = False) -> None:
+        """`unusable`: the fault lies in the prompt, so that later passes over the data skip it too."""
+        self.remove(work)
+        if unusable:
+            self._unusable.add(work.prompt.prompt_id)
+        self._on_given_up(work)
+
+    def remove(self, work: Work) -> None:
+        self.unqueue(work)
+        self._open.pop(work.key, None)
