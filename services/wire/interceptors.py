@@ -5,6 +5,8 @@ Errors ──► Access ──► handler
   └ HeteroRLError ► its status · anything else ► INTERNAL and an id; the text stays in the log, under that id
 """
 
+from __future__ import annotations  # gRPC types take parameters in their stubs only
+
 import abc
 import contextlib
 import inspect
@@ -21,7 +23,10 @@ from services.wire.errors import abort
 from services.wire.identity import Identity, Role, parse_uri
 
 Context: TypeAlias = grpc.aio.ServicerContext[object, object]
-Handler: TypeAlias = grpc.RpcMethodHandler[object, object]
+Handler: TypeAlias = "grpc.RpcMethodHandler[object, object]"
+Continuation: TypeAlias = (
+    "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[_RequestT, _ResponseT] | None]]"
+)
 Coroutine: TypeAlias = Callable[[object, Context], Awaitable[object]]
 Generator: TypeAlias = Callable[[object, Context], AsyncGenerator[object]]
 Guard: TypeAlias = Callable[[Context], AbstractAsyncContextManager[None]]
@@ -88,9 +93,7 @@ class _Guarding(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[_RequestT, _ResponseT] | None]
-        ],
+        continuation: Continuation[_RequestT, _ResponseT],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[_RequestT, _ResponseT] | None:
         method = handler_call_details.method
