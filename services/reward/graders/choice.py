@@ -1,0 +1,38 @@
+"""Multiple choice: letters that name options, in the forms in which completions state them."""
+
+import re
+
+LETTERS = "ABCDEFGHIJ"
+
+_GOLD = re.compile(r"\(?([A-J])\)?(?:\s*,\s*\(?([A-J])\)?)*")
+_PREFIX = re.compile(r"(?:option|choice|answer|letter)\s+", re.IGNORECASE)
+_TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_STATED = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:|$)\s*(.*)", re.DOTALL)
+_BARE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
+
+
+def gold_letters(gold: str) -> frozenset[str] | None:
+    """The letters of a cleaned reference answer such as "B", "(B)" or "A, C"; None if it is something else."""
+    plain = _TEXT.sub(r"\1", gold).strip()
+    if _GOLD.fullmatch(plain) is None:
+        return None
+    return frozenset(re.findall(r"[A-J]", plain))
+
+
+def stated_letters(text: str) -> frozenset[str] | None:
+    """The letters that cleaned text states ("B", "(b)", "B) 12 m", "option B", "A and C"); None if it states none."""
+    plain = _PREFIX.sub("", _TEXT.sub(r"\1", text).replace("*", "").strip(), count=1).strip()
+    several = re.fullmatch(r"\(?[A-J]\)?(?:\s*(?:,|and|,\s*and|&)\s*\(?[A-J]\)?)+", plain)
+    if several is not None:
+        return frozenset(re.findall(r"[A-J]", plain))
+    match = _STATED.fullmatch(plain)
+    if match is None or _BARE_LETTER.search(match[2]):
+        return None
+    return frozenset(match[1].upper())
+
+
+def last_line_letters(text: str) -> frozenset[str] | None:
+    """The letters that the last line consists of, for completions without any marker."""
+    lines = text.strip().splitlines()
+    line = lines[-1].strip().strip("*").rstrip(".") if lines else ""
+    return stated_letters(line) if len(line) <= 3 else None

@@ -1,0 +1,171 @@
+"""Finds the answer in a completion: the text that the graders then compare. Never looks at the prompt.
+
+    "so 3 + 4 = 7. #### 7"  ->  "7"          every scan is linear in the length of the completion
+
+A marker decides even when what it marks is empty or cut off: a completion that ends in `\\boxed{` or `####` has no
+answer, and no number from its reasoning is taken instead.
+"""
+
+import re
+from dataclasses import dataclass
+
+from services.reward.graders.units import is_unit
+
+CLEAN_CHARS_MAX = 2000
+_TAIL_CHARS = 4000
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_PHRASE = re.compile(
+    r"\b(?:final\s+)?answer\b\s*(?:\([^()\n]{0,20}\)\s*)?(?:\*\*|__)?[^\S\n]*(?:is\b[^\S\n]*:?|:|=)\s*", re.IGNORECASE
+)
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
+_NUMBER = re.compile(
+    r"(?<![\w.\\^_])(?P<sign>(?<![\w)\]}$%])[-−–])?\s?(?:\\?[$€£¥₹]\s?)?(?P<sign2>[-−])?"
+    r"(?P<number>\\[dtc]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*\d+\s*\}"
+    r"|(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w)|\s?/\s?\d+)?"
+    r"|\.\d+)(?P<percent>\s?\\?%)?"
+)
+_GLUED = re.compile(r"[A-Za-z²³°]+")
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
+_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
+_SPELLINGS = {
+    "−": "-", "–": "-", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "{,}": ",",
+    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "½": "\\frac{1}{2}",
+    "\\varnothing": "\\emptyset", "∅": "\\emptyset", "∞": "\\infty", "π": "\\pi",
+    "\\leqslant": "\\leq", "\\geqslant": "\\geq", "≤": "\\leq ", "≥": "\\geq ",
+    "\\lbrace": "\\{", "\\rbrace": "\\}", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
+}  # fmt: skip
+# \left must not be found at the start of \leftarrow.
+_SPELLING = re.compile(
+    "|".join(re.escape(one) + ("(?![A-Za-z])" if one[-1].isascii() and one[-1].isalpha() else "") for one in _SPELLINGS)
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """One `\\boxed{...}`; `content` is None if its bracket is never closed."""
+
+    start: int
+    end: int
+    content: str | None
+
+
+def boxes(text: str) -> list[Box]:
+    """The outermost boxes of `text` in order. Linear: a box that is never closed ends the scan."""
+    found: list[Box] = []
+    position = 0
+    while (match := _BOX.search(text, position)) is not None:
+        start = match.end()
+        if text[start : start + 1] != "{":
+            token = re.compile(r"[^\s$.,{}\\]*").match(text, start)
+            end = token.end() if token else start
+            found.append(Box(start=match.start(), end=end, content=text[start:end]))
+            position = max(end, match.end())
+            continue
+        end = _closing(text, start)
+        if end is None:
+            found.append(Box(start=match.start(), end=len(text), content=None))
+            break
+        found.append(Box(start=match.start(), end=end + 1, content=text[start + 1 : end]))
+        position = end + 1
+    return found
+
+
+def _closing(text: str, start: int) -> int | None:
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        if brace[0] == "{":
+            depth += 1
+        elif brace[0] == "}":
+            depth -= 1
+            if depth == 0:
+                return brace.start()
+    return None
+
+
+def last_boxes_joined(text: str, found: list[Box]) -> str | None:
+    """The last box; boxes with only a separator between them ("\\boxed{1} and \\boxed{2}") are one list."""
+    contents: list[str] = []
+    for index in range(len(found) - 1, -1, -1):
+        content = found[index].content
+        if content is None:
+            return None
+        contents.insert(0, content)
+        if index == 0 or not re.fullmatch(
+            r"[\s$]*(?:,|;|and|or|,\s*and|,\s*or)[\s$]*", text[found[index - 1].end : found[index].start]
+        ):
+            break
+    return ", ".join(contents)
+
+
+def hash_answer(text: str) -> tuple[int, str] | None:
+    """Where the last GSM8K marker `####` stands and the rest of its line; None without a marker."""
+    position = text.rfind("####")
+    if position < 0:
+        return None
+    rest = text[position + 4 : position + 4 + CLEAN_CHARS_MAX].split("\n", 1)[0]
+    return position, rest.lstrip("#")
+
+
+def phrase_answer(text: str) -> str | None:
+    """What follows the last "answer is", "answer:" or "answer =", up to the end of the sentence."""
+    last = None
+    tail = text[-_TAIL_CHARS:]
+    for match in _PHRASE.finditer(tail):
+        last = match
+    if last is None:
+        return None
+    rest = tail[last.end() :].split("\n", 1)[0]
+    end = _SENTENCE_END.search(rest)
+    return rest[: end.start()] if end else rest
+
+
+def last_math(text: str) -> str | None:
+    """The content of the last `$...$`, `\\(...\\)` or `\\[...\\]`."""
+    last = None
+    for match in _MATH.finditer(text[-_TAIL_CHARS:]):
+        last = match[1] or match[2] or match[3]
+    return last
+
+
+def last_number(text: str) -> str | None:
+    """The last number that stands alone: not part of a word, not a factor ("2x"), not an ordinal ("2nd")."""
+    tail = text[-_TAIL_CHARS:]
+    last = None
+    for match in _NUMBER.finditer(tail):
+        glued = _GLUED.match(tail, match.end())
+        if glued is not None and (_ORDINAL.match(glued[0]) or not is_unit(glued[0], glued=True)):
+            continue
+        sign = "-" if match["sign"] or match["sign2"] else ""
+        last = sign + match["number"] + (match["percent"] or "")
+    return last
+
+
+def clean(text: str) -> str:
+    """One spelling for what LaTeX and Unicode write in several ways; drops wrappers and the full stop at the end."""
+    text = text[:CLEAN_CHARS_MAX].strip()
+    text = _SPELLING.sub(lambda match: _SPELLINGS[match[0]], text)
+    before = None
+    while before != text:
+        before = text
+        text = text.strip().rstrip(".,;:").strip() if not text.endswith(("\\,", "\\;", "\\:")) else text[:-2].strip()
+        for opening, closing in _WRAPPERS:
+            inner = text[len(opening) : -len(closing)]
+            if (
+                len(text) > len(opening) + len(closing)
+                and text.startswith(opening)
+                and text.endswith(closing)
+                and opening not in inner
+            ):
+                text = inner
+        box = _BOX.match(text)
+        if box is not None and _closing(text, box.end()) == len(text) - 1 and text[box.end()] == "{":
+            text = text[box.end() + 1 : -1]
+    return _thin_spaces(text)
+
+
+def _thin_spaces(text: str) -> str:
+    # 1\,234 is 1,234; elsewhere a thin space is a space.
+    text = re.sub(r"(?<=\d)\\[,;](?=\d{3}(?!\d))", ",", text)
+    return re.sub(r"\\[,;: ]|~", " ", text)

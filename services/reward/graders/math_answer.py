@@ -1,0 +1,227 @@
+"""The grader `math`: finds the answer in a completion and verifies it against the reference answer.
+
+    completion ─extract─► candidate ─clean─► quantity? ─► exact fractions
+                                             letters?  ─► the same options
+                                             words?    ─► the same words
+                                             else      ─► guard ─► math-verify (symbolic)
+
+The reference answer decides which comparison is used. Reward 1 only if the comparison says equal; every doubt is 0.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from pydantic import Field
+
+from services.reward.graders import choice, extract, guard, quantity, symbolic, words
+from services.reward.graders.base import Verdict
+from services.reward.scorer import ScoreRequest
+from services.runtime.config import Section
+from services.runtime.errors import ScoreError
+
+
+class MathOptions(Section):
+    extract: Literal["auto", "boxed", "hash", "phrase", "last_number", "choice", "whole"] = "auto"
+    """Where the answer stands. auto: the later of the last box and the last ####; without those, what follows
+    "answer is"; without that, the last number (or formula, if the reference answer is one)."""
+    which: Literal["last", "first", "all"] = "last"
+    """Which box counts if there are several; all: every one must be right."""
+    answer_after: str = ""
+    """Only text behind the last occurrence of this counts, for example "</think>"; without one there is no answer."""
+    tolerance: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Relative error that a plain number may have."""
+    percent: Literal["as_unit", "exact"] = "as_unit"
+    """as_unit: 50% equals 50 as well as 0.5. exact: 50% equals only 0.5."""
+    evaluated: bool = False
+    """Whether a plain number must be given as one: then 3+4 is no answer where 7 is asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gold:
+    """A reference answer that can be compared with; exactly one kind."""
+
+    text: str
+    letters: frozenset[str] | None
+    number: quantity.Quantity | None
+    words: str | None
+
+
+class MathGrader:
+    """See the module. Fast for plain numbers: no algebra system is asked."""
+
+    def __init__(self, options: MathOptions) -> None:
+        self._options = options
+
+    def check_answer(self, answer: str) -> str | None:
+        try:
+            read_gold(answer, self._options.extract == "choice")
+        except ScoreError as error:
+            return str(error)
+        return None
+
+    def grade(self, request: ScoreRequest) -> Verdict:
+        gold = read_gold(request.answer, self._options.extract == "choice")
+        text = self._relevant(request)
+        if text is None:
+            return Verdict(reward=0.0, extracted=None, reason=f"no {self._options.answer_after} before an answer")
+        raw = self._candidates(text, gold)
+        if isinstance(raw, str):
+            return Verdict(reward=0.0, extracted=None, reason=raw)
+        reason, shown = None, None
+        for candidate in raw:
+            reason, shown = self._compare(candidate, gold)
+            if reason is not None:
+                break
+        return Verdict(reward=float(reason is None), extracted=shown, reason=reason or "equal to the reference answer")
+
+    def _relevant(self, request: ScoreRequest) -> str | None:
+        text = request.completion
+        if request.prompt and text.startswith(request.prompt):
+            # A completion that repeats the prompt does not answer with what the prompt shows.
+            text = text[len(request.prompt) :]
+        marker = self._options.answer_after
+        if not marker:
+            return text
+        return text.rpartition(marker)[2] if marker in text else None
+
+    def _candidates(self, text: str, gold: Gold) -> list[str] | str:
+        """The texts that must each equal the reference answer, or why there are none."""
+        match self._options.extract:
+            case "auto":
+                return self._marked(text, boxed=True, hashed=True) or _unmarked(text, gold)
+            case "boxed":
+                return self._marked(text, boxed=True, hashed=False) or "no box"
+            case "hash":
+                return self._marked(text, boxed=False, hashed=True) or "no ####"
+            case "phrase":
+                phrase = extract.phrase_answer(text)
+                return "no answer phrase" if phrase is None else [_within_phrase(phrase, gold)]
+            case "last_number":
+                number = extract.last_number(text)
+                return "no number" if number is None else [number]
+            case "choice":
+                return self._marked(text, boxed=True, hashed=True) or _unmarked(text, gold)
+            case "whole":
+                return [text]
+
+    def _marked(self, text: str, *, boxed: bool, hashed: bool) -> list[str] | str | None:
+        found = extract.boxes(text) if boxed else []
+        marker = extract.hash_answer(text) if hashed else None
+        if marker is not None and (not found or found[-1].start < marker[0]):
+            return [marker[1]]
+        if not found:
+            return None
+        if self._options.which == "first":
+            found = found[:1]
+        contents = (
+            [box.content for box in found] if self._options.which == "all" else [extract.last_boxes_joined(text, found)]
+        )
+        if None in contents:
+            return "the box is never closed"
+        return [content for content in contents if content is not None]
+
+    def _compare(self, candidate: str, gold: Gold) -> tuple[str | None, str]:
+        """Why the candidate is not equal (None if it is), and the candidate as it was compared."""
+        if len(candidate) > extract.CLEAN_CHARS_MAX:
+            return f"the answer is longer than {extract.CLEAN_CHARS_MAX} characters", candidate[:200]
+        answer = extract.clean(candidate)
+        shown = answer[:200]
+        reason = guard.unprintable(answer) or (None if answer else "the answer is empty")
+        if reason is None:
+            reason = self._differs(answer, gold)
+        return reason, shown
+
+    def _differs(self, answer: str, gold: Gold) -> str | None:
+        if gold.letters is not None:
+            letters = choice.stated_letters(answer)
+            if letters is None:
+                return "no option is stated"
+            return None if letters == gold.letters else "another option than the reference answer"
+        if gold.words is not None:
+            return None if words.plain_words(answer) == gold.words else "other words than the reference answer"
+        number = quantity.read_quantity(answer)
+        if number is None and gold.number is not None:
+            number = quantity.read_quantity(_named_value(answer))
+        if gold.number is not None and number is not None:
+            as_unit = self._options.percent == "as_unit"
+            return quantity.same_quantity(
+                gold.number, number, tolerance=self._options.tolerance, percent_as_unit=as_unit
+            )
+        if gold.number is not None and self._options.evaluated:
+            return "not a plain number"
+        return symbolic.same_expression(gold.text, answer)
+
+
+@lru_cache(maxsize=1024)
+def read_gold(answer: str, is_choice: bool) -> Gold:
+    """Reads a reference answer: GSM8K's (after ####), MATH's (boxed), or the answer alone. Raises ScoreError."""
+    text = _gold_text(answer)
+    if not text:
+        raise ScoreError("The reference answer is empty.")
+    reason = guard.unprintable(text)
+    if reason is not None:
+        raise ScoreError(f"The reference answer {text!r:.80} cannot be graded: it holds {reason}.")
+    letters = choice.gold_letters(text)
+    if letters is not None or is_choice:
+        if letters is None:
+            raise ScoreError(f"The reference answer {text!r:.80} cannot be graded: it names no option from A to J.")
+        return Gold(text=text, letters=letters, number=None, words=None)
+    number = quantity.read_quantity(text)
+    if number is not None:
+        return Gold(text=text, letters=None, number=number, words=None)
+    plain = words.gold_words(text)
+    if plain is not None:
+        return Gold(text=text, letters=None, number=None, words=plain)
+    reason = symbolic.why_unparsable(text)
+    if reason is not None:
+        raise ScoreError(f"The reference answer {text!r:.80} cannot be graded: {reason}.")
+    return Gold(text=text, letters=None, number=None, words=None)
+
+
+def _gold_text(answer: str) -> str:
+    marker = extract.hash_answer(answer)
+    if marker is not None:
+        return extract.clean(marker[1])
+    found = extract.boxes(answer)
+    if found:
+        return extract.clean(extract.last_boxes_joined(answer, found) or "")
+    return extract.clean(answer) if len(answer) <= extract.CLEAN_CHARS_MAX else ""
+
+
+def _unmarked(text: str, gold: Gold) -> list[str] | str:
+    phrase = extract.phrase_answer(text)
+    if phrase is not None:
+        return [_within_phrase(phrase, gold)]
+    if gold.letters is not None:
+        return [text.strip()] if choice.stated_letters(text[:40]) else _last_line(text)
+    if gold.number is not None:
+        number = extract.last_number(text)
+        return "no number" if number is None else [number]
+    formula = extract.last_math(text)
+    if formula is not None:
+        return [formula]
+    return _last_line(text)
+
+
+def _last_line(text: str) -> list[str] | str:
+    lines = text.strip().splitlines()
+    return [lines[-1]] if lines else "no answer"
+
+
+def _within_phrase(phrase: str, gold: Gold) -> str:
+    """ "18 dollars per day" as it stands; of "that she sold $18$ clips" the formula, or else the last number."""
+    if gold.number is None:
+        formula = extract.last_math(phrase)
+        return phrase if formula is None else formula
+    cleaned = extract.clean(phrase)
+    if quantity.read_quantity(cleaned) is not None or "\\" in cleaned:
+        return extract.last_math(phrase) or phrase
+    return extract.last_math(phrase) or extract.last_number(phrase) or phrase
+
+
+def _named_value(answer: str) -> str:
+    """ "5" of "x = 5" and of "\\text{Total} = 5"; the text itself if no name stands before the equals sign."""
+    name, equals, value = answer.rpartition("=")
+    named = equals and len(name) <= 40 and "=" not in name and not any(one.isdigit() for one in name)
+    return value.strip() if named and not any(one in name for one in "+*/^<>!,") else answer

@@ -1,0 +1,171 @@
+"""The pool with real worker processes: order, faults of the answer, faults of the grader, and the end of everything."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from services.reward.graders import Permissions
+from services.reward.pool import Pool
+from services.reward.scorer import Score, ScoreRequest, Status
+from services.reward.spec import GraderSpec
+from services.reward.worker import Limits
+from services.runtime.errors import ScoreError
+
+HERE = "tests.integration.reward.graders_of_tests"
+MATH = (GraderSpec(name="math"),)
+OBEY = (GraderSpec(name="python", options={"callable": f"{HERE}:obey", "timeout_s": 0.001}),)
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[Pool]:
+    async with Pool(workers=2, limits=Limits(cpu_s=0.5, wall_s=1.0), permissions=Permissions(python=(HERE,))) as pool:
+        yield pool
+
+
+async def score(
+    pool: Pool, answer: str, completions: Sequence[str], graders: Sequence[GraderSpec] = MATH, **metadata: object
+) -> list[Score]:
+    requests = [ScoreRequest(prompt="", answer=answer, completion=one, metadata=metadata) for one in completions]
+    return await pool.score_group(requests, graders)
+
+
+async def test_scores_come_in_the_order_of_the_completions(pool: Pool) -> None:
+    scores = await score(pool, "7", [str(one) for one in range(50)])
+    assert [one.reward for one in scores] == [float(one == 7) for one in range(50)]
+    assert [one.extracted for one in scores] == [str(one) for one in range(50)]
+    assert all(one.status is Status.OK and one.seconds > 0 and one.reason for one in scores)
+    assert pool.stats.scored == 50
+    assert pool.stats.restarts == 0
+
+
+async def test_an_empty_group_has_no_scores(pool: Pool) -> None:
+    assert await score(pool, "7", []) == []
+
+
+async def test_weights_are_summed_and_each_part_is_kept(pool: Pool) -> None:
+    graders = [GraderSpec(name="math"), GraderSpec(name="format", weight=0.25)]
+    (right, formless, wrong) = await score(pool, "7", ["\\boxed{7}", "7", "\\boxed{8}"], graders)
+    assert [right.reward, formless.reward, wrong.reward] == [1.25, 1.0, 0.25]
+    assert [(part.grader, part.reward, part.weight) for part in right.parts] == [
+        ("math", 1.0, 1.0),
+        ("format", 1.0, 0.25),
+    ]
+    assert right.extracted == "7"
+
+
+@pytest.mark.parametrize("order", ["loop", "memory", "kernel"])
+async def test_an_answer_that_exhausts_a_limit_has_reward_0_and_costs_the_others_nothing(
+    pool: Pool, order: str
+) -> None:
+    scores = await score(pool, "", ["fine", order, "fine", "fine"], OBEY)
+    assert [one.status for one in scores] == [Status.OK, Status.ANSWER_TIMEOUT, Status.OK, Status.OK]
+    assert [one.reward for one in scores] == [1.0, 0.0, 1.0, 1.0]
+    assert "over the limit" in scores[1].reason
+    assert pool.stats.answer_timeouts == 1
+    assert pool.stats.restarts == 1
+    assert [one.reward for one in await score(pool, "7", ["7"] * 4)] == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        ("crash", "died with SIGSEGV"),
+        ("exit", "died with exit code 7"),
+        ("raise", "RuntimeError('the grader is broken')"),
+        ("wait", "hung for 1"),
+    ],
+)
+async def test_a_grader_that_fails_twice_is_an_infrastructure_failure_and_no_reward(
+    pool: Pool, order: str, reason: str
+) -> None:
+    scores = await score(pool, "", ["fine", order, "fine"], OBEY)
+    assert [one.status for one in scores] == [Status.OK, Status.INFRASTRUCTURE_FAILURE, Status.OK]
+    assert reason in scores[1].reason
+    assert pool.stats.infrastructure_failures == 1
+    assert pool.stats.restarts == 2
+    assert pool.stats.answer_timeouts == 0
+
+
+async def test_a_grader_that_fails_once_is_tried_again(pool: Pool, tmp_path: Path) -> None:
+    (only,) = await score(pool, "", ["crash once"], OBEY, mark=str(tmp_path / "mark"))
+    assert (only.status, only.reward) == (Status.OK, 1.0)
+    assert pool.stats.restarts == 1
+
+
+async def test_an_unusable_reference_answer_raises_and_leaves_the_pool_usable(pool: Pool) -> None:
+    with pytest.raises(ScoreError, match="reference answer is empty"):
+        await score(pool, "", ["1"] * 20)
+    assert [one.reward for one in await score(pool, "7", ["7"] * 20)] == [1.0] * 20
+
+
+async def test_unknown_and_forbidden_graders_raise_before_any_work(pool: Pool) -> None:
+    with pytest.raises(ScoreError, match="did you mean math"):
+        await score(pool, "7", ["7"], [GraderSpec(name="mat")])
+    with pytest.raises(ScoreError, match="does not allow functions of os"):
+        await score(pool, "7", ["7"], [GraderSpec(name="python", options={"callable": "os:system"})])
+    assert pool.stats.scored == 0
+
+
+async def test_an_overlong_completion_has_reward_0_without_being_graded(pool: Pool) -> None:
+    (long, short) = await score(pool, "7", ["7" * 10_000_000, "7"])
+    assert (long.reward, long.status) == (0.0, Status.OK)
+    assert "longer than 200000 characters" in long.reason
+    assert short.reward == 1.0
+    assert pool.stats.restarts == 0
+
+
+async def test_many_groups_at_once_share_the_workers(pool: Pool) -> None:
+    groups = [score(pool, str(one), [str(one), "x", str(one + 1)]) for one in range(40)]
+    for scores in await asyncio.gather(*groups):
+        assert [one.reward for one in scores] == [1.0, 0.0, 0.0]
+
+
+async def test_a_cancelled_group_does_not_leave_a_worker_in_the_middle_of_it(pool: Pool) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await score(pool, "", ["loop", "loop"], OBEY)
+    assert [one.reward for one in await score(pool, "7", ["7", "8", "7"])] == [1.0, 0.0, 1.0]
+    assert pool.stats.restarts == 2
+    assert pool.stats.answer_timeouts == 0
+
+
+async def test_a_worker_is_replaced_after_its_term() -> None:
+    async with Pool(workers=1, limits=Limits(items_per_worker=10)) as pool:
+        for _ in range(5):
+            assert [one.reward for one in await score(pool, "7", ["7"] * 8)] == [1.0] * 8
+        assert pool.stats.restarts == 2
+
+
+async def test_the_nursery_is_started_again_when_it_is_killed(pool: Pool) -> None:
+    assert pool.nursery_pid is not None
+    os.kill(pool.nursery_pid, signal.SIGKILL)
+    scores = await score(pool, "7", ["7"] * 20)
+    assert [one.reward for one in scores] == [1.0] * 20
+    assert pool.stats.restarts >= 1
+
+
+async def test_workers_import_neither_grpc_nor_torch(pool: Pool) -> None:
+    specs = [*MATH, GraderSpec(name="python", options={"callable": f"{HERE}:modules"})]
+    (only,) = await score(pool, "\\sqrt{8}", ["\\boxed{2\\sqrt{2}}"], specs)
+    assert only.reward == 1.0
+    assert only.parts[1].reason == f"from {HERE}:modules"
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_no_process_is_left_when_the_pool_closes() -> None:
+    async with Pool(workers=2) as pool:
+        await score(pool, "7", ["7"] * 4)
+        nursery = pool.nursery_pid
+        assert nursery is not None
+        workers = children_of(nursery)
+        assert len(workers) == 2
+    for pid in (nursery, *workers):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
