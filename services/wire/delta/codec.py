@@ -39,7 +39,12 @@ class Encoding(IntEnum):
 
 def encode_whole(weights: Weights, chunk: Chunk) -> bytes:
     """The values themselves."""
-    return bytes((Encoding.WHOLE,)) + pack_planes(gather(weights, chunk))
+    return encode_values(gather(weights, chunk))
+
+
+def encode_values(values: Bits) -> bytes:
+    """The payload of known values."""
+    return bytes((Encoding.WHOLE,)) + pack_planes(values)
 
 
 def encode_change(base: Weights, new: Weights, chunk: Chunk, codec: Codec) -> tuple[bytes, int]:
@@ -59,7 +64,7 @@ def encode_change(base: Weights, new: Weights, chunk: Chunk, codec: Codec) -> tu
     return min(candidates, key=len), changed
 
 
-def encode_folded(differences: Changes) -> bytes:
+def encode_differences(differences: Changes) -> bytes:
     """The payload of known differences, for folding: sparse or split, whichever is smaller."""
     if differences.positions.size == 0:
         return b""

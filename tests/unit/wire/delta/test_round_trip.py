@@ -1,0 +1,148 @@
+"""Every bit comes back, in every type, at every density, through every codec."""
+
+import numpy as np
+import pytest
+
+from services.wire.delta import (
+    BitTensor,
+    Codec,
+    UpdateKind,
+    apply_update,
+    encode_delta,
+    encode_keyframe,
+    inspect,
+    iter_encode,
+    root_of,
+)
+from services.wire.delta import layout as layout_module
+from services.wire.delta.tensors import EXPONENT_MASK, ITEM_BYTES
+from tests.unit.wire.delta.samples import model, normal_bf16, nudged, random_tensor, same, tensor
+
+CODECS = [Codec.SX, Codec.XC]
+SPECIAL_BF16 = [0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF, 0x0001, 0x8001, 0x007F, 0x7F7F, 0x3F80]
+
+
+def delta_of(base: dict[str, BitTensor], new: dict[str, BitTensor], codec: Codec = Codec.SX, workers: int = 1):
+    return encode_delta(base, new, run_id="run", base_version=3, target_version=4, codec=codec, workers=workers)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", sorted(ITEM_BYTES))
+@pytest.mark.parametrize("density", [0.0, 0.003, 0.1, 0.3, 0.7, 1.0])
+def test_every_dtype_comes_back_bit_for_bit_at_every_density(dtype: str, density: float, codec: Codec) -> None:
+    rng = np.random.default_rng(1)
+    base = {"w": random_tensor(rng, dtype, (50, 41)), "v": random_tensor(rng, dtype, (7,))}
+    new = nudged(rng, base, density)
+    update = delta_of(base, new, codec)
+    assert same(apply_update(update.parts, base, expect_root=root_of(new)), new)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_pair_of_special_values_survives(codec: Codec) -> None:
+    """-0, infinities, quiet and signalling NaN, denormals: each turning into each other."""
+    before, after = np.meshgrid(SPECIAL_BF16, SPECIAL_BF16)
+    base, new = {"w": tensor("BF16", before)}, {"w": tensor("BF16", after)}
+    assert same(apply_update(delta_of(base, new, codec).parts, base), new)
+
+
+def test_every_bf16_pattern_survives_a_keyframe_and_a_delta() -> None:
+    every = np.arange(1 << 16)
+    base, new = {"w": tensor("BF16", every)}, {"w": tensor("BF16", every[::-1])}
+    assert same(apply_update(encode_keyframe(base, run_id="run", version=0).parts, None), base)
+    assert same(apply_update(delta_of(base, new).parts, base), new)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_gaps_around_the_escape_byte_survive(codec: Codec) -> None:
+    base = {"w": tensor("BF16", np.full(4000, 0x3C00))}
+    positions = np.cumsum([0, 1, 254, 255, 256, 257, 509, 510, 511, 512, 766])
+    bits = base["w"].bits.copy()
+    bits[positions] += 1
+    bits[-1] += 1
+    new = {"w": tensor("BF16", bits)}
+    assert same(apply_update(delta_of(base, new, codec).parts, base), new)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_policy_of_many_chunks_and_parts_comes_back(
+    workers: int, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(layout_module, "PART_BYTES", 4096)
+    rng = np.random.default_rng(2)
+    base = model(rng)
+    new = nudged(rng, base, 0.02)
+    update = delta_of(base, new, codec, workers)
+    assert update.info.shards == len(update.parts) > 3
+    assert same(apply_update(update.parts, base, workers=workers), new)
+    keyframe = encode_keyframe(new, run_id="run", version=4, workers=workers)
+    assert keyframe.info.target_root == update.info.target_root
+    assert same(apply_update(keyframe.parts, None, workers=workers), new)
+    assert same(apply_update(list(reversed(update.parts)), base, workers=workers), new)
+
+
+def test_the_base_is_only_read() -> None:
+    rng = np.random.default_rng(3)
+    base = model(rng)
+    before = {name: old.bits.copy() for name, old in base.items()}
+    for old in base.values():
+        old.bits.flags.writeable = False
+    update = delta_of(base, nudged(rng, base, 0.2))
+    result = apply_update(update.parts, base)
+    assert all(np.array_equal(base[name].bits, bits) for name, bits in before.items())
+    assert not any(np.shares_memory(result[name].bits, base[name].bits) for name in base)
+
+
+def test_nothing_changed_is_a_delta_without_chunks() -> None:
+    base = model(np.random.default_rng(4))
+    update = delta_of(base, base)
+    assert update.info.changed == 0
+    assert update.info.base_root == update.info.target_root
+    assert same(apply_update(update.parts, base), base)
+
+
+def test_the_info_counts_what_the_delta_holds() -> None:
+    rng = np.random.default_rng(5)
+    base = model(rng)
+    new = nudged(rng, base, 0.05)
+    info = inspect(delta_of(base, new).parts)
+    assert info.kind is UpdateKind.DELTA
+    assert info.changed == sum(int((base[name].bits != new[name].bits).sum()) for name in base)
+    assert info.parameters == sum(old.bits.size for old in base.values())
+    assert info.full_bytes == sum(old.nbytes for old in base.values())
+    assert info.bytes == sum(map(len, delta_of(base, new).parts))
+    assert (info.base_root, info.target_root) == (root_of(base), root_of(new))
+
+
+def test_equal_weights_make_equal_bytes_whatever_the_number_of_workers() -> None:
+    rng = np.random.default_rng(6)
+    base = model(rng)
+    new = nudged(rng, base, 0.05)
+    assert delta_of(base, new, workers=1).parts == delta_of(base, new, workers=4).parts
+    streamed = iter_encode(base, new, run_id="run", base_version=3, target_version=4)
+    assert tuple(streamed) == delta_of(base, new).parts
+
+
+def test_the_root_depends_on_name_type_shape_and_every_bit() -> None:
+    weights = {"a": tensor("BF16", [1, 2, 3, 4], (2, 2))}
+    others = [
+        {"b": tensor("BF16", [1, 2, 3, 4], (2, 2))},
+        {"a": tensor("F16", [1, 2, 3, 4], (2, 2))},
+        {"a": tensor("BF16", [1, 2, 3, 4], (4,))},
+        {"a": tensor("BF16", [1, 2, 3, 5], (2, 2))},
+    ]
+    assert len({root_of(weights), *map(root_of, others)}) == 5
+
+
+def test_a_sparse_step_of_a_bf16_policy_is_small() -> None:
+    rng = np.random.default_rng(7)
+    base = {"w": tensor("BF16", normal_bf16(rng, 1 << 20))}
+    update = delta_of(base, nudged(rng, base, 0.005))
+    bits_per_change = 8 * update.info.bytes / update.info.changed
+    assert bits_per_change < 14
+    assert encode_keyframe(base, run_id="run", version=0).info.ratio > 1.45
+
+
+def test_exponent_masks_belong_to_known_types() -> None:
+    assert EXPONENT_MASK.keys() <= ITEM_BYTES.keys()
