@@ -9,7 +9,6 @@
     ├─ InputMissingError ........ 66   a file or folder is not there
     ├─ UnavailableError ......... 69   the peer does not answer: try again
     ├─ ObjectGoneError .......... 69   the object was collected: ask for a new plan
-    ├─ StaleSessionError ........ 69   the learner restarted since this session began: register again
     ├─ EngineError .............. 70   the generation engine or a grader failed
     ├─ StorageError ............. 74   disk full, or a read or write failed
     ├─ ExhaustedError ........... 75   over a limit for now: try again later
@@ -61,10 +60,6 @@ class UnavailableError(HeteroRLError, ConnectionError):
 
 
 class ObjectGoneError(HeteroRLError, LookupError):
-    exit_code = 69
-
-
-class StaleSessionError(HeteroRLError, ConnectionError):
     exit_code = 69
 
 

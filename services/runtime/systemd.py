@@ -23,7 +23,7 @@ def notify(*lines: str) -> None:
 
 def watchdog_interval_s() -> float | None:
     """Half of WatchdogSec, in seconds; None where no watchdog watches this process."""
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+    if os.environ.get("WATCHDOG_PID", "") not in ("", str(os.getpid())):
         return None
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     return int(microseconds) / 2e6 if microseconds.isdecimal() and int(microseconds) else None

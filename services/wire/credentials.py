@@ -48,6 +48,7 @@ class _Rotation:
         self._files = files
         self._clock = clock
         self._seen = self._stamp()
+        self._reported = ""
         self.configuration = _configuration(own)
 
     def fetch(self) -> grpc.ServerCertificateConfiguration:
@@ -61,11 +62,16 @@ class _Rotation:
                 own = check_to_serve(self._files, self._clock())
                 self.configuration, self._seen = _configuration(own), stamp
                 _log.info("certificate_rotated", identity=own.identity, expires=own.expires.isoformat())
-        except (HeteroRLError, OSError) as error:
-            _log.warning("certificate_not_rotated", reason=error)
         except Exception as error:  # a callback of gRPC is where a process's Python ends
-            _log.error("certificate_not_rotated", exc_info=error)
+            self._report(error)
         return self.configuration
+
+    def _report(self, error: Exception) -> None:
+        """Once for each fault: anybody can make handshakes."""
+        if str(error) != self._reported:
+            self._reported = str(error)
+            expected = isinstance(error, HeteroRLError | OSError)
+            _log.error("certificate_not_rotated", exc_info=None if expected else error, reason=error)
 
     def _stamp(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(_stamp_of(path) for path in (self._files.ca, self._files.certificate, self._files.key))
