@@ -101,17 +101,13 @@ class Journal:
             return ids
 
         ids = await self._run(write)
-        hit("journal.after_commit")
+        try:
+            hit("journal.after_commit")
+        except StorageError as error:  # durable, and yet nobody knows: only a restart finds these groups again
+            self._broken = error
+            raise
         self._count_commit(groups, repeats, resent)
         return ids
-
-    async def skip_to(self, sampler_id: str, spool_id: str, last_seq: int) -> None:
-        """Notes that a spool's groups up to last_seq are not to be had: it deleted them, this journal has no record."""
-        await self._run(
-            lambda connection: connection.execute(
-                "INSERT OR REPLACE INTO streams VALUES (?, ?, ?)", (sampler_id, spool_id, last_seq)
-            )
-        )
 
     async def mark_trained(self, groups: Sequence[tuple[int, int]], step: int) -> None:
         """Records (id, staleness in versions) as trained at `step`. All must be pending: each trains at most once."""

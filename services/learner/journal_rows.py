@@ -82,8 +82,8 @@ def find(
         (sampler_id, group_id),
     ).fetchone()
     by_seq = connection.execute(
-        "SELECT verdict, reason, content_sha256 FROM groups WHERE sampler_id = ? AND spool_id = ? AND seq = ? UNION ALL "
-        "SELECT CASE verdict WHEN 2 THEN first ELSE verdict END, reason, x'' FROM repeats "
+        "SELECT verdict, reason, content_sha256 FROM groups WHERE sampler_id = ? AND spool_id = ? AND seq = ? "
+        "UNION ALL SELECT CASE verdict WHEN 2 THEN first ELSE verdict END, reason, x'' FROM repeats "
         "WHERE sampler_id = ? AND spool_id = ? AND seq = ?",
         (sampler_id, spool_id, min(seq, _MAX_INT)) * 2,
     ).fetchone()

@@ -99,6 +99,12 @@ class LeaseTable:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    async def wait_for_change(self, wait_s: float) -> None:
+        """Until leases may be granted again that were not before, at most `wait_s`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._changed.wait()
+
     @property
     def active(self) -> int:
         """Leases out now, evaluation included."""
@@ -123,9 +129,8 @@ class LeaseTable:
             left = until - loop.time()
             if left <= 0:
                 return Granted(leases=(), reason=reason)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(left, self._next_expiry_s())):
-                    await changed.wait()
+            if changed is self._changed:
+                await self.wait_for_change(min(left, self._next_expiry_s()))
 
     async def _hand_out(self, taken: Sequence[Work], before: int) -> Granted:
         leases = tuple(self._lease(work, work.holder) for work in taken if work.holder is not None)

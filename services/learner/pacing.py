@@ -1,11 +1,11 @@
 """How much work may be out, and for which version: so that stale groups are not made.
 
-Room.    Groups out or waiting <= floor((max_staleness * ahead + 1) * groups_per_step). With max_staleness = 0 that is the
-         step in progress and nothing else.
-Arrival. A group granted now is trained after max(its sampler's usual delay / time of a step, groups waiting / groups per
-         step) further versions. So its policy must be at least  version - max_staleness + that many  now.
-         A sampler too slow for any version gets nothing, except when fewer than one step's groups are out or waiting:
-         then no version can pass it by. A pause of the learner counts as a slow step, so a starving learner admits all.
+Room.    Groups out or waiting <= floor((max_staleness * ahead + 1) * groups_per_step). With max_staleness = 0 that is
+         the step in progress and nothing else.
+Arrival. A group granted now is trained max(its sampler's usual delay / time of a step, groups waiting / groups per
+         step) versions later. So its policy must be at least  version - max_staleness + that many  now. A sampler too
+         slow for any version gets nothing, except when fewer than one step's groups are out or waiting: then no version
+         can pass it by. A pause of the learner counts as a slow step, so a starving learner admits all.
 
 Both only save work. The guarantee is `buffer.GroupBuffer.take`.
 """

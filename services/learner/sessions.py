@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.runtime.errors import FencedError, MismatchError, RefusedError, StaleSessionError
+from services.runtime.errors import FencedError, MismatchError, RefusedError, SessionLostError
 from services.wire.types import Directive, EngineInfo, SamplerReport, SamplerState, Session
 
 _QUARANTINE_AFTER = 8
@@ -100,7 +100,7 @@ class Sessions:
     def check(self, session: Session) -> Sampler:
         """The sampler of a current session, marked as seen now.
 
-        Raises FencedError when a newer process registered this id, StaleSessionError when the session is of an earlier
+        Raises FencedError when a newer process registered this id, SessionLostError when the session is of an earlier
         start of the learner (register again), MismatchError for another run, RefusedError for an evicted id.
         """
         if session.run_id != self.run_id:
@@ -108,13 +108,13 @@ class Sessions:
         self._refuse_denied(session.sampler_id)
         sampler = self._samplers.get(session.sampler_id)
         if session.learner_epoch != self.learner_epoch or sampler is None:
-            raise StaleSessionError(f"session of {session.sampler_id!r} is from an earlier learner: register again")
+            raise SessionLostError(f"session of {session.sampler_id!r} is from an earlier learner: register again")
         if session.session_epoch < sampler.session_epoch:
             raise FencedError(
                 f"a newer process registered as {session.sampler_id!r}: give each process its own id, or stop this one"
             )
         if session.session_epoch > sampler.session_epoch:
-            raise StaleSessionError(f"session of {session.sampler_id!r} is not known here: register again")
+            raise SessionLostError(f"session of {session.sampler_id!r} is not known here: register again")
         sampler.last_seen = self._clock()
         return sampler
 

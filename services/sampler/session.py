@@ -16,7 +16,6 @@ from services.runtime.errors import (
     ExhaustedError,
     MismatchError,
     SessionLostError,
-    StaleSessionError,
     UnavailableError,
 )
 from services.runtime.log import get_logger
@@ -113,7 +112,7 @@ class LearnerSession:
     async def after_failure(self, session: Session, rpc_error: grpc.aio.AioRpcError) -> Exception:
         """What to raise for a failed call made under `session`; registers again first where that is the answer."""
         error = from_rpc_error(rpc_error)
-        if not isinstance(error, SessionLostError | StaleSessionError):
+        if not isinstance(error, SessionLostError):
             return error
         async with self._renewing:
             if self._session is session:
