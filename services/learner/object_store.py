@@ -96,13 +96,6 @@ class ObjectStore:
         self._touch(opened.object_id)
         self._release(opened.object_id)
 
-    def read(self, object_id: str) -> bytes:
-        """The whole content, verified. Raises as `open`."""
-        self._verify(object_id)
-        path = self.path_of(object_id)
-        with storage_errors(f"read {path}"):
-            return path.read_bytes()
-
     def collect(self, keep: Iterable[str]) -> int:
         """Removes what is not in `keep`, not open, and not used for GRACE_S. Returns the bytes freed."""
         wanted = set(keep)

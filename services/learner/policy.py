@@ -55,15 +55,9 @@ class Policy:
                 found[name] = tensor
         return found
 
-    @torch.no_grad()
     def wire_weights(self) -> dict[str, BitTensor]:
         """The bf16 casts as bits: fresh memory, so that the next step may go on while they are encoded."""
-        return {name: to_bits(_wire_copy(tensor)) for name, tensor in self.parameters().items()}
-
-
-def _wire_copy(tensor: Tensor) -> Tensor:
-    kind = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(device="cpu", dtype=kind, copy=True)
+        return to_bits(self.parameters())
 
 
 def read_model_files(directory: Path) -> dict[str, bytes]:
@@ -118,13 +112,17 @@ def load_policy(settings: PolicySection) -> Policy:
     files = read_model_files(settings.path)
     device = pick_device(settings.device)
     _check_tokenizer(settings.path)
-    model = _load_model(settings.path).to(device)
+    model = _load_model(settings.path)
+    model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps torch's method with its own self
     model.config.use_cache = False
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.eval()  # no dropout: the ratio p/q compares like with like
     policy = Policy(
-        model=model, files=files, device=device, vocab_size=int(model.get_input_embeddings().weight.shape[0])
+        model=model,
+        files=files,
+        device=device,
+        vocab_size=int(cast(Tensor, model.get_input_embeddings().weight).shape[0]),
     )
     for name, tensor in policy.parameters().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -144,7 +142,7 @@ def _load_model(directory: Path) -> PreTrainedModel:
     last: Exception | None = None
     for attention in ("sdpa", "eager"):
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: object = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=torch.float32,
                 attn_implementation=attention,
@@ -162,10 +160,11 @@ def _load_model(directory: Path) -> PreTrainedModel:
             raise
         except Exception as error:  # safetensors raises its own class for a damaged file
             raise InvalidWeightsError(f"the weights in {directory} do not load: {_first_line(error)}") from error
-        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        model, info = cast("tuple[PreTrainedModel, dict[str, list[object]]]", loaded)
+        missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         if missing:
             raise InvalidWeightsError(f"the weights in {directory} lack {missing[0]} ({len(missing)} such tensors)")
-        return cast(PreTrainedModel, model)
+        return model
     raise ConfigError(
         f"transformers cannot build a causal language model from {directory}: {_first_line(last)}"
     ) from last

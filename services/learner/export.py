@@ -1,0 +1,117 @@
+"""The final policy as a Hugging Face directory: bf16 safetensors, config, tokenizer, chat template, model card."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from services.learner.policy import Policy
+from services.runtime.files import storage_errors, sync_directory
+from services.wire.delta import Weights
+from services.wire.torch_bits import to_torch
+
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What the model card says."""
+
+    run_id: str
+    base_model: str
+    loss: str
+    steps: int
+    version: int
+    root: str
+    accuracy_start: float | None
+    accuracy_end: float | None
+
+
+def export_policy(directory: Path, policy: Policy, weights: Weights, provenance: Provenance) -> None:
+    """Writes `directory` as a whole or not at all, in place of an earlier export. Blocks. Raises StorageError.
+
+    `weights` are the bits of the final version: what every sampler generated with, under the same names.
+    """
+    with storage_errors(f"export the policy to {directory}"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+        try:
+            for name, data in policy.files.items():
+                (temporary / name).write_bytes(_exported_config(data) if name == "config.json" else data)
+            _write_weights(temporary, weights)
+            (temporary / "README.md").write_text(model_card(provenance))
+            temporary.chmod(0o755)
+            _replace(directory, temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_directory(directory.parent)
+
+
+def _exported_config(data: bytes) -> bytes:
+    """config.json with the type that the weights are written in."""
+    fields: dict[str, object] = json.loads(data)
+    fields.pop("torch_dtype", None)
+    fields["dtype"] = "bfloat16"
+    return json.dumps(fields, indent=2).encode() + b"\n"
+
+
+def _write_weights(directory: Path, weights: Weights) -> None:
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name in sorted(weights):
+        if weights[name].nbytes > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= weights[name].nbytes
+    if len(shards) == 1:
+        save_file(to_torch(weights), directory / "model.safetensors", metadata={"format": "pt"})
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(to_torch({name: weights[name] for name in names}), directory / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _replace(directory: Path, temporary: Path) -> None:
+    """A folder cannot be renamed over one that is not empty: the old one steps aside first."""
+    if not directory.exists():
+        os.rename(temporary, directory)
+        return
+    aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.old."))
+    os.rename(directory, aside / "old")
+    os.rename(temporary, directory)
+    shutil.rmtree(aside)
+
+
+def model_card(provenance: Provenance) -> str:
+    """README.md of the export."""
+    facts: Mapping[str, object] = {
+        "Run": provenance.run_id,
+        "Trained from": provenance.base_model,
+        "Loss": provenance.loss,
+        "Optimizer steps": provenance.steps,
+        "Policy version": provenance.version,
+        "Root digest of the weights": f"`{provenance.root}`",
+        "Held-out accuracy before": _percent(provenance.accuracy_start),
+        "Held-out accuracy after": _percent(provenance.accuracy_end),
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [reinforcement-learning, heterorl]\n"
+        "---\n\n"
+        f"# {provenance.run_id}, version {provenance.version}\n\nTrained with HeteroRL.\n\n| | |\n|---|---|\n{rows}\n"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1%}"

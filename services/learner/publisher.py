@@ -1,0 +1,214 @@
+"""New weights to a published version, off the training path.
+
+    bf16 bits ─► encode against the baseline ─► objects (fsync, rename) ─► manifest row ─► baseline advances ─► announce
+
+A crash before the row leaves objects that nobody names; a crash after it leaves a version that is complete.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from services.learner.config import PublishSection
+from services.learner.object_store import ObjectStore
+from services.learner.versions import Version, VersionFiles
+from services.runtime.errors import HeteroRLError
+from services.runtime.failpoints import hit
+from services.runtime.log import get_logger
+from services.wire.convert import encode_manifest
+from services.wire.delta import UpdateInfo, Weights, iter_encode, root_of
+from services.wire.delta.part import parse_part
+from services.wire.delta.update import merge_infos
+from services.wire.signing import ManifestSigner
+from services.wire.types import Manifest, ObjectRef, PlanStep, SignedManifest, UpdateKind
+
+_log = get_logger("learner.publisher")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What every manifest of this learner process says."""
+
+    run_id: str
+    learner_epoch: int
+    model_files_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Snapshot:
+    """A published version with its weights: the base of the next delta, the source of a keyframe."""
+
+    version: Version
+    weights: Weights
+    base_number: int
+    """The first version with these weights: deltas start there, so that those around a version that changed nothing
+    still follow each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """`delta_ratio` is full size / update size; `changed_share` of all elements; 0 where nothing was encoded."""
+
+    version: int
+    root: str
+    update_bytes: int
+    full_bytes: int
+    delta_ratio: float
+    changed_share: float
+    seconds: float
+
+
+class Publisher:
+    """Owns the baseline and the announcement. One `publish` at a time."""
+
+    def __init__(
+        self,
+        *,
+        store: ObjectStore,
+        versions: VersionFiles,
+        facts: RunFacts,
+        signer: ManifestSigner | None,
+        settings: PublishSection,
+        unix_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._store = store
+        self._versions = versions
+        self._facts = facts
+        self._signer = signer
+        self._settings = settings
+        self._unix_ms = unix_ms
+        self._announced = asyncio.Condition()
+        self._latest: Snapshot | None = None
+
+    @property
+    def latest(self) -> Snapshot:
+        """The newest version. Raises HeteroRLError before the first."""
+        if self._latest is None:
+            raise HeteroRLError("no version is published yet")
+        return self._latest
+
+    async def publish(self, version: int, weights: Weights) -> Published:
+        """*Consumes* fresh bits of the new weights; *waits for* encoding and the disk, in threads; *produces* the
+        version, durable and announced; *on cancel* the version may or may not exist on disk, and is not announced.
+
+        Raises StorageError, or InvalidWeightsError where the weights are of another model than the version before.
+        """
+        started = time.perf_counter()
+        row, published = await asyncio.to_thread(self._make, version, weights)
+        base = version if row.update is not None or self._latest is None else self._latest.base_number
+        self._latest = Snapshot(version=row, weights=weights, base_number=base)
+        async with self._announced:
+            self._announced.notify_all()
+        seconds = time.perf_counter() - started
+        _log.info(
+            "version_published", version=version, root=row.root[:12], bytes=published.update_bytes, seconds=seconds
+        )
+        return Published(
+            version=version,
+            root=row.root,
+            update_bytes=published.update_bytes,
+            full_bytes=published.full_bytes,
+            delta_ratio=published.full_bytes / published.update_bytes if published.update_bytes else 0.0,
+            changed_share=published.changed / max(1, published.parameters),
+            seconds=seconds,
+        )
+
+    async def restore(self, version: int, weights: Weights, root: str) -> None:
+        """Goes on from a checkpoint: later versions are forgotten, and `version` is announced under this epoch.
+
+        Raises HeteroRLError when the weights do not have the root that the checkpoint names.
+        """
+        actual = await asyncio.to_thread(root_of, weights, self._settings.workers)
+        if actual != root:
+            raise HeteroRLError(f"the checkpoint's weights have root {actual[:12]}, not {root[:12]}: they are damaged")
+        row = await asyncio.to_thread(self._adopt, version, weights, root)
+        base = row.update.target_version if row.update is not None else version
+        self._latest = Snapshot(version=row, weights=weights, base_number=base)
+        async with self._announced:
+            self._announced.notify_all()
+
+    async def wait_for_change(self, seen: SignedManifest | None) -> SignedManifest:
+        """*Waits for* a newest manifest that is not `seen`; *produces* it, skipping what came between; *on cancel*
+        nothing is lost."""
+        async with self._announced:
+            while self._latest is None or self._latest.version.manifest is seen:
+                await self._announced.wait()
+            return self._latest.version.manifest
+
+    def _make(self, number: int, weights: Weights) -> tuple[Version, Manifest]:
+        """Encodes, stores, writes the row. Blocks."""
+        base = self._latest
+        hit("publish.before_objects")
+        infos: list[UpdateInfo] = []
+        refs: list[ObjectRef] = []
+        for part in self._encode(base, number, weights):
+            infos.append(parse_part(part).info)
+            refs.append(self._store.put(part))
+        info = merge_infos(infos)
+        hit("publish.after_objects")
+        same = base is not None and base.version.root == info.target_root
+        update = PlanStep(
+            kind=UpdateKind.KEYFRAME if base is None else UpdateKind.DELTA,
+            base_root=info.base_root or "",
+            target_root=info.target_root,
+            target_version=number,
+            objects=tuple(refs),
+        )
+        manifest = self._manifest(number, info.target_root, info.base_root or "", weights, info.changed, info.bytes)
+        row = Version(manifest=self._signed(manifest), update=None if same else update)
+        self._versions.write(row)
+        hit("publish.after_manifest")
+        return row, manifest
+
+    def _encode(self, base: Snapshot | None, number: int, weights: Weights) -> Iterator[bytes]:
+        if base is None:
+            return iter_encode(
+                None,
+                weights,
+                run_id=self._facts.run_id,
+                target_version=number,
+                workers=self._settings.workers,
+            )
+        return iter_encode(
+            base.weights,
+            weights,
+            run_id=self._facts.run_id,
+            base_version=base.base_number,
+            target_version=number,
+            base_root=base.version.root,
+            codec=self._settings.codec,
+            workers=self._settings.workers,
+        )
+
+    def _adopt(self, number: int, weights: Weights, root: str) -> Version:
+        """The restored version's row: its update is kept where it led to these very weights."""
+        known = self._versions.rows.get(number)
+        update = known.update if known is not None and known.root == root else None
+        self._versions.remove([row for row in self._versions.rows if row > number])
+        manifest = self._manifest(number, root, "", weights, 0, 0)
+        row = Version(manifest=self._signed(manifest), update=update)
+        self._versions.write(row)
+        return row
+
+    def _manifest(
+        self, number: int, root: str, parent: str, weights: Weights, changed: int, update_bytes: int
+    ) -> Manifest:
+        return Manifest(
+            run_id=self._facts.run_id,
+            learner_epoch=self._facts.learner_epoch,
+            version=number,
+            root=root,
+            parent_root=parent,
+            full_bytes=sum(tensor.nbytes for tensor in weights.values()),
+            parameters=sum(tensor.bits.size for tensor in weights.values()),
+            changed=changed,
+            model_files_sha256=self._facts.model_files_sha256,
+            published_unix_ms=self._unix_ms(),
+            update_bytes=update_bytes,
+        )
+
+    def _signed(self, manifest: Manifest) -> SignedManifest:
+        data = encode_manifest(manifest)
+        signature = b"" if self._signer is None else self._signer.sign(data)
+        return SignedManifest(manifest=data, signature=signature, decoded=manifest)

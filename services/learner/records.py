@@ -1,0 +1,129 @@
+"""What a run leaves to read: metrics.jsonl, one line per step or evaluation, and summary.json at its end."""
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from services.runtime.files import atomic_write, storage_errors
+from services.runtime.log import get_logger
+
+METRICS_NAME = "metrics.jsonl"
+SUMMARY_NAME = "summary.json"
+
+_log = get_logger("learner.records")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One line: `step` optimizer steps had been taken, `wall_s` seconds since the learner started."""
+
+    step: int
+    wall_s: float
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def line(self) -> bytes:
+        """JSON has no NaN: a value that is not finite is left out."""
+        finite = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+        return json.dumps({"step": self.step, "wall_s": round(self.wall_s, 3), **finite}).encode() + b"\n"
+
+
+class Records:
+    """metrics.jsonl on disk and in memory; many may follow it. `append` blocks for one short write."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._changed = asyncio.Event()
+        self.records: list[Record] = []
+        with storage_errors(f"read {path}"):
+            text = path.read_bytes() if path.is_file() else b""
+        for line in text.splitlines():
+            record = _parse(line)
+            if record is not None:
+                self.records.append(record)
+
+    def append(self, record: Record) -> None:
+        """Adds a line. A crash can cut the last line short; it is dropped at the next start."""
+        with storage_errors(f"write {self._path}"), self._path.open("ab") as file:
+            file.write(record.line())
+        self.records.append(record)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def rewind_to(self, step: int) -> None:
+        """Forgets what came after `step`: the learner was restored, and takes those steps again."""
+        self.records = [record for record in self.records if record.step <= step]
+        atomic_write(self._path, b"".join(record.line() for record in self.records))
+
+    async def follow(self, from_step: int) -> AsyncIterator[Record]:
+        """*Consumes* nothing; *waits for* new records; *produces* all from `from_step` on, in order; endless; *on
+        cancel* nothing is lost."""
+        position = 0
+        while True:
+            changed = self._changed
+            while position < len(self.records):
+                record = self.records[position]
+                position += 1
+                if record.step >= from_step:
+                    yield record
+            await changed.wait()
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        fields = cast("dict[str, float]", json.loads(line))
+        step, wall_s = int(fields.pop("step")), float(fields.pop("wall_s"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        _log.warning("metrics_line_dropped", line=line[:80].decode(errors="replace"))
+        return None
+    return Record(step=step, wall_s=wall_s, metrics={name: float(value) for name, value in fields.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSummary:
+    """A sampler as the summary shows it; docs/summary.md."""
+
+    id: str
+    version: int
+    root: str
+    groups: int
+    tokens: int
+    restarts: int
+    bytes_received: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The keys of summary.json, in order; docs/summary.md says what each means."""
+
+    steps: int
+    wall_s: float
+    loss: str
+    accuracy_start: float | None
+    accuracy_end: float | None
+    max_staleness: int
+    staleness_max: int
+    staleness_histogram: Mapping[str, int]
+    groups_trained: int
+    groups_acknowledged: int
+    groups_duplicate: int
+    groups_dropped: Mapping[str, int]
+    weights_bytes_full: int
+    weights_bytes_sent: int
+    delta_ratio_median: float
+    learner_idle_share: float
+    final_version: int
+    final_root: str
+    samplers: tuple[SamplerSummary, ...]
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    """One JSON object with exactly the keys of `Summary`. Raises StorageError."""
+    fields: dict[str, object] = {name: getattr(summary, name) for name in Summary.__dataclass_fields__}
+    fields["samplers"] = [
+        {name: getattr(sampler, name) for name in SamplerSummary.__dataclass_fields__} for sampler in summary.samplers
+    ]
+    atomic_write(path, json.dumps(fields, indent=2, sort_keys=False).encode() + b"\n")

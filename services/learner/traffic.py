@@ -1,0 +1,76 @@
+"""Weight bytes by receiver: what was sent, and what full weights would have cost. Paces receivers under a limit."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class Receiver:
+    """One sampler or relay, over all its connections."""
+
+    bytes_sent: int = 0
+    versions_fetched: int = 0
+    bytes_full: int = 0
+    planned: dict[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
+    """Object -> (target root, full bytes) of the last plan."""
+    fetched_root: str = ""
+    free_at_s: float = 0.0
+    """When the link's budget allows the next byte."""
+
+
+class Traffic:
+    """All receivers, by id. `clock` is monotonic seconds."""
+
+    def __init__(self, max_mbit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bytes_per_s = max_mbit_s * 1e6 / 8
+        self._clock = clock
+        self._receivers: dict[str, Receiver] = {}
+
+    def of(self, name: str) -> Receiver:
+        return self._receivers.setdefault(name, Receiver())
+
+    def planned(self, name: str, root: str, object_ids: Iterable[str], full_bytes: int) -> None:
+        """Notes what a receiver was told to fetch, to count a version when the first of it is fetched."""
+        self.of(name).planned = dict.fromkeys(object_ids, (root, full_bytes))
+
+    def opened(self, name: str, object_id: str) -> bool:
+        """Counts a version, once per plan's target, and says whether the object belongs to weights."""
+        receiver = self.of(name)
+        plan = receiver.planned.get(object_id)
+        if plan is None:
+            return False
+        root, full_bytes = plan
+        if receiver.fetched_root != root:
+            receiver.fetched_root = root
+            receiver.versions_fetched += 1
+            receiver.bytes_full += full_bytes
+        return True
+
+    async def pace(self, name: str, size_bytes: int) -> None:
+        """*Waits for* the receiver's budget for `size_bytes` more; returns at once where there is no limit."""
+        if not self._bytes_per_s:
+            return
+        receiver = self.of(name)
+        now = self._clock()
+        start = max(now, receiver.free_at_s)
+        receiver.free_at_s = start + size_bytes / self._bytes_per_s
+        if start > now:
+            await asyncio.sleep(start - now)
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(receiver.bytes_sent for receiver in self._receivers.values())
+
+    @property
+    def bytes_full(self) -> int:
+        return sum(receiver.bytes_full for receiver in self._receivers.values())
+
+    def state(self) -> dict[str, list[int]]:
+        """For the checkpoint: name -> [bytes sent, versions fetched, bytes full]."""
+        return {name: [r.bytes_sent, r.versions_fetched, r.bytes_full] for name, r in self._receivers.items()}
+
+    def restore(self, state: dict[str, list[int]]) -> None:
+        for name, (sent, versions, full) in state.items():
+            self._receivers[name] = Receiver(bytes_sent=sent, versions_fetched=versions, bytes_full=full)

@@ -1,0 +1,107 @@
+"""WeightService: announcements, plans, and the bytes of objects.
+
+WatchPolicy  ◄─ Publisher (latest wins)      GetPlan ◄─ Planner      FetchObject ◄─ ObjectStore (pread in a thread)
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from heterorl.v1 import weights_pb2, weights_pb2_grpc
+from services.learner.object_store import ObjectStore, OpenObject
+from services.learner.plans import Planner
+from services.learner.publisher import Publisher
+from services.learner.traffic import Traffic
+from services.runtime.errors import MismatchError, UnavailableError
+from services.runtime.failpoints import hit
+from services.wire.convert import to_plan, to_signed
+from services.wire.interceptors import peer_identity
+from services.wire.objects import read_chunk
+from services.wire.types import SignedManifest
+
+STALL_S = 60.0
+"""A receiver that takes nothing for this long is cut: it fetches again from where it was."""
+
+_Watch = grpc.aio.ServicerContext[weights_pb2.WatchPolicyRequest, weights_pb2.WatchPolicyResponse]
+_Plan = grpc.aio.ServicerContext[weights_pb2.GetPlanRequest, weights_pb2.GetPlanResponse]
+_Fetch = grpc.aio.ServicerContext[weights_pb2.FetchObjectRequest, weights_pb2.FetchObjectResponse]
+
+
+class WeightService(weights_pb2_grpc.WeightServiceServicer):
+    """`traffic` counts by the caller's id, so that a receiver's connections add up."""
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        publisher: Publisher,
+        planner: Planner,
+        store: ObjectStore,
+        traffic: Traffic,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._run_id = run_id
+        self._publisher = publisher
+        self._planner = planner
+        self._store = store
+        self._traffic = traffic
+        self._stall_s = stall_s
+
+    async def WatchPolicy(
+        self, request: weights_pb2.WatchPolicyRequest, context: _Watch
+    ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
+        """*Waits for* versions; *produces* the newest at once and after each publish, never a queue of them."""
+        self._check_run(request.run_id)
+        seen: SignedManifest | None = None
+        while True:
+            seen = await self._publisher.wait_for_change(seen)
+            yield weights_pb2.WatchPolicyResponse(manifest=to_signed(seen))
+
+    async def GetPlan(self, request: weights_pb2.GetPlanRequest, context: _Plan) -> weights_pb2.GetPlanResponse:
+        self._check_run(request.run_id)
+        plan = await self._planner.plan(request.have_root, request.want_version, request.keyframe_only)
+        target = plan.target.decoded
+        ids = [ref.object_id for step in plan.steps for ref in step.objects]
+        self._traffic.planned(peer_identity(context).id, target.root, ids, target.full_bytes)
+        return to_plan(plan)
+
+    async def FetchObject(  # pyright: ignore[reportIncompatibleMethodOverride] - written, so that a write can time out
+        self, request: weights_pb2.FetchObjectRequest, context: _Fetch
+    ) -> None:
+        """*Consumes* nothing; *waits for* the disk, the receiver's flow control and its byte budget; *produces* chunks
+        from the offset on; *on cancel* the object is released."""
+        opened = await asyncio.to_thread(self._store.open, request.object_id)
+        try:
+            if request.offset > opened.size_bytes:
+                await context.abort(
+                    grpc.StatusCode.OUT_OF_RANGE,
+                    f"offset {request.offset} is beyond the object's {opened.size_bytes} bytes",
+                )
+            end = opened.size_bytes
+            if request.length:
+                end = min(end, request.offset + request.length)
+            await self._send(opened, request.offset, end, context)
+        finally:
+            self._store.close(opened)
+
+    async def _send(self, opened: OpenObject, offset: int, end: int, context: _Fetch) -> None:
+        name = peer_identity(context).id
+        counts = self._traffic.opened(name, opened.object_id)
+        while offset < end:
+            chunk = await asyncio.to_thread(read_chunk, opened.descriptor, offset, end)
+            await self._traffic.pace(name, len(chunk.data))
+            hit("fetch.before_chunk")
+            message = weights_pb2.FetchObjectResponse(offset=offset, data=chunk.data, crc32c=chunk.crc32c)
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await context.write(message)
+            except TimeoutError:
+                raise UnavailableError(f"the receiver took nothing for {self._stall_s:.0f} s: fetch again") from None
+            offset += len(chunk.data)
+            if counts:
+                self._traffic.of(name).bytes_sent += len(chunk.data)
+
+    def _check_run(self, run_id: str) -> None:
+        if run_id and run_id != self._run_id:
+            raise MismatchError(f"this learner serves run {self._run_id!r}, not {run_id!r}: check the address")
