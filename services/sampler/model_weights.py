@@ -18,12 +18,12 @@ def pair_tensors(model: PreTrainedModel, weights: Weights) -> list[tuple[torch.T
         **dict(model.named_parameters(remove_duplicate=False)),
     }
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, bits in weights.items():
+    for name, value in to_torch(weights).items():
         tensor = ours.get(name)
-        if tensor is None or tuple(tensor.shape) != tuple(bits.shape):
-            what = "is not in the model" if tensor is None else f"has shape {bits.shape}, not {tuple(tensor.shape)}"
-            raise InvalidWeightsError(f"the tensor {name[:80]} {what}: weights and model files do not belong together")
-        pairs.append((tensor, to_torch(bits)))
+        if tensor is None or tensor.shape != value.shape:
+            shapes = "" if tensor is None else f": {list(value.shape)}, where the model has {list(tensor.shape)}"
+            raise InvalidWeightsError(f"the tensor {name[:80]} does not fit the model{shapes}")
+        pairs.append((tensor, value))
     given = {id(tensor) for tensor, _ in pairs}
     missing = [name for name, tensor in model.named_parameters() if id(tensor) not in given]
     if missing:

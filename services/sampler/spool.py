@@ -39,6 +39,8 @@ class Spool:
         """Set while generating may go on."""
         self.leasing_room = asyncio.Event()
         """Set while leasing may go on."""
+        self.empty = asyncio.Event()
+        """Set while there are no groups."""
         self.grew = asyncio.Event()
         """Set by every append; the submitter clears it."""
 
@@ -113,6 +115,7 @@ class Spool:
     def _signal(self) -> None:
         full = self._disk_full or self.bytes >= self._max_bytes
         _switch(self.room, not full)
+        _switch(self.empty, self.groups == 0)
         _switch(self.leasing_room, not full and self.bytes < _LEASING_SHARE * self._max_bytes)
 
     async def _wait_for_disk(self, error: StorageError) -> None:

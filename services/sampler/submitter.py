@@ -66,15 +66,12 @@ class Submitter:
         self._window = 0
         self._in_flight: deque[tuple[int, int]] = deque()
         self._moved = asyncio.Event()
-        self.emptied = asyncio.Event()
-        """Set while the spool holds nothing."""
 
     async def run(self) -> None:
         """For ever. Waits for: groups, credit, a connection. On cancel: the stream is closed, the spool keeps all.
 
         Raises FencedError, RefusedError, ConfigError from the learner; StorageError from the spool.
         """
-        self._note_emptiness()
         while True:
             session = self._session.session
             try:
@@ -208,20 +205,11 @@ class Submitter:
     async def _forget_through(self, seq: int) -> None:
         await self._spool.delete_through(seq)
         self._acknowledged(seq)
-        self._note_emptiness()
-
-    def _note_emptiness(self) -> None:
-        if self._spool.groups == 0:
-            self.emptied.set()
-        else:
-            self.emptied.clear()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error of a stream's two halves: both see the same cut, and one of them knows more."""
-    leaves: list[BaseException] = []
-    for error in group.exceptions:
-        leaves.append(_first(error) if isinstance(error, BaseExceptionGroup) else error)
+    leaves = [_first(error) if isinstance(error, BaseExceptionGroup) else error for error in group.exceptions]
     for kind in (HeteroRLError, grpc.aio.AioRpcError):
         for leaf in leaves:
             if isinstance(leaf, kind):

@@ -1,0 +1,324 @@
+"""Follows the learner's policy: what is announced is fetched, decoded and verified while generating goes on.
+
+    WatchPolicy ─► newest target ─► GetPlan(have root) ─► FetchObject ─► apply ─► root, signature, finite ─► engine.load
+                   (older ones are skipped)                  └ cut: resume      └ wrong: discard, keyframe, count
+
+Guarantee: the engine never holds weights whose root is not that of a manifest with a good signature.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from heterorl.v1 import weights_pb2
+from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
+from services.runtime import failpoints
+from services.runtime.errors import (
+    BadInputError,
+    CorruptObjectError,
+    EngineError,
+    ExhaustedError,
+    HeteroRLError,
+    InvalidWeightsError,
+    ObjectGoneError,
+    StorageError,
+    UnavailableError,
+)
+from services.runtime.log import get_logger
+from services.sampler.backoff import Backoff
+from services.sampler.engine import Engine
+from services.sampler.object_cache import ObjectCache
+from services.sampler.tally import Tally
+from services.wire.convert import from_plan, from_signed
+from services.wire.delta import BitTensor, WrongBaseError, apply_update, validate_names_shapes
+from services.wire.errors import from_rpc_error
+from services.wire.signing import verify
+from services.wire.types import FetchProgress, Manifest, ObjectRef, Plan, PlanStep, SignedManifest
+
+_log = get_logger("sampler.follower")
+_PLAN_TIMEOUT_S = 30.0
+_RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError, WrongBaseError, StorageError)
+_SPEED_GAIN = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldPolicy:
+    """Verified weights in host memory: the base of the next delta, and what an engine is restarted from."""
+
+    weights: Mapping[str, BitTensor]
+    version: int
+    root: str
+
+
+class Follower:
+    """`run_id` and `public_key` (empty: manifests are unsigned) come from the registration."""
+
+    def __init__(
+        self,
+        *,
+        weights: WeightServiceAsyncStub,
+        cache: ObjectCache,
+        tally: Tally,
+        run_id: str,
+        public_key: bytes,
+        decode_workers: int = 1,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self._weights = weights
+        self._cache = cache
+        self._tally = tally
+        self._run_id = run_id
+        self._public_key = public_key
+        self._decode_workers = decode_workers
+        self._backoff = backoff or Backoff()
+        self._held: HeldPolicy | None = None
+        self._target: Manifest | None = None
+        self._announced = asyncio.Event()
+        self._keyframe_only = False
+        self._refused: set[str] = set()
+        self._loaded = asyncio.Condition()
+        self.version = -1
+        """Version that the engine generates with; -1 before the first."""
+        self.root = ""
+        """Its root."""
+        self.swapping = False
+        """Whether the engine stands still for a swap."""
+
+    @property
+    def held(self) -> HeldPolicy:
+        assert self._held is not None, "fetch the first version first"
+        return self._held
+
+    async def watch(self) -> None:
+        """For ever: keeps the target at the newest announcement. Raises RefusedError, ConfigError from the server."""
+        backoff = Backoff()
+        while True:
+            call = self._weights.WatchPolicy(weights_pb2.WatchPolicyRequest(run_id=self._run_id))
+            try:
+                while isinstance(message := await call.read(), weights_pb2.WatchPolicyResponse):
+                    self._announce(self._check_signed(from_signed(message.manifest)))
+                    backoff.reset()
+            except grpc.aio.AioRpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                if not isinstance(error, _RETRIED):
+                    raise error from None
+                _log.info("watch_lost", error=error)
+            except BadInputError as error:
+                _log.error("announcement_refused", error=error)
+            finally:
+                call.cancel()
+            await asyncio.sleep(backoff.next_s())
+
+    async def first(self) -> HeldPolicy:
+        """The first verified weights, however long they take. Raises as `watch` does."""
+        while self._held is None:
+            await self._next_target()
+            await self._try_to_catch_up()
+        return self._held
+
+    async def start(self, engine: Engine, model_dir: Path) -> None:
+        """Builds the engine from the first weights. Raises as Engine.start does."""
+        held = await self.first()
+        await engine.start(model_dir, held.weights, held.version, held.root)
+        await self._note_loaded(held)
+
+    async def follow(self, engine: Engine) -> None:
+        """For ever: loads each target that differs from what the engine has; slow samplers skip versions."""
+        while True:
+            await self._next_target()
+            if await self._try_to_catch_up() and (self.version, self.root) != (self.held.version, self.held.root):
+                await self._load(engine, self.held)
+
+    async def reached(self, version: int) -> None:
+        """Waits until the engine generates with `version` or a later one."""
+        async with self._loaded:
+            await self._loaded.wait_for(lambda: self.version >= version)
+
+    def _announce(self, manifest: Manifest) -> None:
+        self._target = manifest
+        self._announced.set()
+
+    async def _next_target(self) -> None:
+        await self._announced.wait()
+        self._announced.clear()
+
+    async def _try_to_catch_up(self) -> bool:
+        """One way to the target, from GetPlan to verified weights. False: it failed, and will be tried again."""
+        try:
+            self._held = await self._catch_up()
+        except grpc.aio.AioRpcError as rpc_error:
+            error = from_rpc_error(rpc_error)
+            if not isinstance(error, _RETRIED):
+                raise error from None
+        except _RETRIED as found:
+            error = found
+        except InvalidWeightsError as found:
+            # The version itself is bad: the old one serves on, and only another version is worth a try.
+            self._tally.versions_refused += 1
+            target = self._target
+            _log.error("version_refused", version=None if target is None else target.version, error=found)
+            if target is not None:
+                self._refused.add(target.root)
+            return False
+        except BadInputError as found:
+            error = found
+        else:
+            self._backoff.reset()
+            return True
+        finally:
+            self._tally.fetch = None
+        await self._prepare_retry(error)
+        return False
+
+    async def _prepare_retry(self, error: HeteroRLError) -> None:
+        if isinstance(error, CorruptObjectError | WrongBaseError):
+            self._keyframe_only = True
+            self._tally.keyframes_refetched += 1
+        wait_s = self._backoff.next_s()
+        _log.warning("following_failed", error=error, keyframe=self._keyframe_only, retry_s=round(wait_s, 2))
+        await asyncio.sleep(wait_s)
+        self._announced.set()
+
+    async def _catch_up(self) -> HeldPolicy:
+        """Raises AioRpcError, BadInputError and its subclasses, and what ObjectCache.fetch raises."""
+        held, target = self._held, self._target
+        assert target is not None, "something was announced"
+        if held is not None and held.root == target.root:  # a step that changed no bit still makes a version
+            return HeldPolicy(weights=held.weights, version=target.version, root=held.root)
+        if target.root in self._refused:
+            raise InvalidWeightsError(f"version {target.version} has been refused before")
+        started = time.monotonic()
+        plan = await self._plan(held)
+        manifest = self._check_signed(plan.target)
+        if manifest.root in self._refused:
+            raise InvalidWeightsError(f"version {manifest.version} has been refused before")
+        _check_chain(plan, manifest, held)
+        base = None if held is None else held.weights
+        files = await self._fetch_all(plan)
+        for step, paths in files:
+            base = await asyncio.to_thread(self._apply, step, paths, base)
+        assert base is not None, "a plan from nothing has a step"
+        failpoints.hit("follow.after_apply")
+        reference = base if held is None else held.weights
+        await asyncio.to_thread(validate_names_shapes, base, reference, self._decode_workers)
+        self._keyframe_only = False
+        self._cache.evict(())
+        _log.info(
+            "version_fetched",
+            version=manifest.version,
+            root=manifest.root,
+            base_version=None if held is None else held.version,
+            steps="+".join(step.kind.name.lower() for step in plan.steps),
+            bytes=plan.total_bytes,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        return HeldPolicy(weights=base, version=manifest.version, root=manifest.root)
+
+    async def _plan(self, held: HeldPolicy | None) -> Plan:
+        request = weights_pb2.GetPlanRequest(
+            run_id=self._run_id,
+            have_root=held.root if held is not None and not self._keyframe_only else "",
+            have_version=0 if held is None else held.version,
+            keyframe_only=self._keyframe_only,
+        )
+        return from_plan(await self._weights.GetPlan(request, timeout=_PLAN_TIMEOUT_S))
+
+    async def _fetch_all(self, plan: Plan) -> list[tuple[PlanStep, list[Path]]]:
+        progress = _Progress(self._tally, plan)
+        wanted = [ref.object_id for step in plan.steps for ref in step.objects]
+        self._cache.evict(wanted)
+        fetched: list[tuple[PlanStep, list[Path]]] = []
+        for step in plan.steps:
+            paths: list[Path] = []
+            for ref in step.objects:
+                paths.append(await self._cache.fetch(ref, progress.received))
+                progress.finished(ref)
+            fetched.append((step, paths))
+        return fetched
+
+    def _apply(
+        self, step: PlanStep, paths: list[Path], base: Mapping[str, BitTensor] | None
+    ) -> Mapping[str, BitTensor]:
+        """One update, out of place. apply_update proves the root of what it returns."""
+        return apply_update(paths, base, expect_root=step.target_root, workers=self._decode_workers)
+
+    def _check_signed(self, signed: SignedManifest) -> Manifest:
+        """Raises CorruptObjectError for a signature that is not the learner's, BadInputError for another run."""
+        if self._public_key:
+            verify(self._public_key, signed.manifest, signed.signature)
+        if signed.decoded.run_id != self._run_id:
+            raise BadInputError(f"a manifest is of run {signed.decoded.run_id[:80]}, not {self._run_id}")
+        return signed.decoded
+
+    async def _load(self, engine: Engine, held: HeldPolicy) -> None:
+        self.swapping = True
+        try:
+            self._tally.swap_pause_s = await engine.load(held.weights, held.version, held.root)
+        except (InvalidWeightsError, EngineError) as error:
+            self._tally.versions_refused += 1
+            self._refused.add(held.root)
+            _log.error("load_failed", version=held.version, error=error)
+            return
+        finally:
+            self.swapping = False
+        await self._note_loaded(held)
+
+    async def _note_loaded(self, held: HeldPolicy) -> None:
+        async with self._loaded:
+            self.version, self.root = held.version, held.root
+            self._loaded.notify_all()
+        self._tally.versions += 1
+        _log.info(
+            "version_loaded",
+            version=held.version,
+            root=held.root,
+            swap_pause_ms=round(1000 * self._tally.swap_pause_s, 1),
+        )
+
+
+class _Progress:
+    """Bytes of a plan as they come, with a smoothed speed."""
+
+    def __init__(self, tally: Tally, plan: Plan) -> None:
+        self._tally = tally
+        self._version = plan.target.decoded.version
+        self._total = plan.total_bytes
+        self._done = self._finished = 0
+        self._speed = 0.0
+        self._last = time.monotonic()
+        self._show()
+
+    def received(self, size: int) -> None:
+        now = time.monotonic()
+        speed = size / max(1e-6, now - self._last)
+        self._speed = speed if not self._speed else self._speed + _SPEED_GAIN * (speed - self._speed)
+        self._last = now
+        self._done += size
+        self._tally.weights_bytes += size
+        self._show()
+
+    def finished(self, ref: ObjectRef) -> None:
+        """Counts an object as done, whether it came now or lay on disk."""
+        self._finished += ref.size_bytes
+        self._done = self._finished
+        self._show()
+
+    def _show(self) -> None:
+        self._tally.fetch = FetchProgress(
+            target_version=self._version, bytes_done=self._done, bytes_total=self._total, bytes_per_s=self._speed
+        )
+
+
+def _check_chain(plan: Plan, manifest: Manifest, held: HeldPolicy | None) -> None:
+    """The steps lead from what is held to the signed root, without a hole. Raises CorruptObjectError."""
+    root = "" if held is None else held.root
+    for step in plan.steps:
+        if step.base_root not in ("", root):
+            raise CorruptObjectError("a plan's steps do not follow on each other: a keyframe is fetched")
+        root = step.target_root
+    if root != manifest.root:
+        raise CorruptObjectError("a plan does not end at its own target: a keyframe is fetched")
