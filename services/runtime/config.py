@@ -191,7 +191,8 @@ def _place(settings: Mapping[KeyPath, Setting], key: KeyPath) -> str:
     for length in range(len(key), 0, -1):
         for path, setting in reversed(list(settings.items())):
             if path[:length] == key[:length]:
-                return f"{setting.place(path) if path == key else setting.origin}: "
+                in_list = key[length : length + 1] and key[length].isdigit()  # tables of a list share their name
+                return f"{setting.origin if in_list else setting.place(key[:length])}: "
     origins = dict.fromkeys(setting.origin for setting in settings.values())
     return f"{next(iter(origins))}: " if origins else ""
 
