@@ -41,6 +41,19 @@ async def test_a_learner_that_stays_away_is_unavailable_after_the_calls_timeout(
     assert type(from_rpc_error(caught.value)) is UnavailableError
 
 
+async def test_a_unary_call_is_tried_again_while_the_server_is_unavailable():
+    attempts: list[bytes] = []
+
+    def act(request: bytes) -> None:
+        attempts.append(request)
+        if len(attempts) < 3:
+            raise UnavailableError("starting: try again")
+
+    async with serving(Echo(act)) as address, open_channel(address, None, "control", SAMPLER) as channel:
+        assert await channel.unary_unary(UNARY)(b"x", timeout=30) == b"x"
+    assert len(attempts) == 3
+
+
 async def test_control_and_bulk_channels_of_one_process_use_connections_of_their_own():
     peers: set[str] = set()
 

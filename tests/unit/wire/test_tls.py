@@ -83,7 +83,7 @@ def test_roles_are_held_to_their_side(files: TlsFiles, tmp_path: Path, authority
     assert check_to_serve(relay, NOW).identity == check_to_dial(relay, NOW).identity
     with pytest.raises(RefusedError, match="is for sampler s, and only learner, relay may use one as a server"):
         check_to_serve(files, NOW)
-    with pytest.raises(RefusedError, match="is for learner learner, and only .* may use one as a client"):
+    with pytest.raises(RefusedError, match=r"is for learner learner, and only .* may use one as a client"):
         check_to_dial(learner, NOW)
 
 
