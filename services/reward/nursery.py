@@ -76,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
                 break
     for pid in children.values():
         os.kill(pid, signal.SIGKILL)
+    for pid in children.values():
+        os.waitpid(pid, 0)
     return 0
 
 

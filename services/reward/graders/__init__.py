@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -22,8 +22,9 @@ Options = TypeVar("Options", bound=Section)
 class Permissions:
     """What this host lets a learner ask for: graders that run code are off until the host's owner turns them on."""
 
-    code: bool = False
-    """Whether the grader `code` may run what a policy wrote, in its sandbox."""
+    code: Literal["refused", "isolated", "rlimits"] = "refused"
+    """Whether the grader `code` may run what a policy wrote. isolated: only in namespaces of its own, without network
+    and without this host's files; rlimits: also without them where this host has none."""
     python: tuple[str, ...] = ()
     """Modules, with their submodules, whose functions the grader `python` may call."""
 
@@ -93,10 +94,10 @@ def _format(values: Mapping[str, object], _: Permissions) -> tuple[Grader, float
 
 
 def _code(values: Mapping[str, object], permissions: Permissions) -> tuple[Grader, float]:
-    if not permissions.code:
+    if permissions.code == "refused":
         raise ScoreError("This host does not run code that a policy wrote; its owner allows it with --allow-code.")
     options = _read("code", CodeOptions, values)
-    return CodeGrader(options), options.wall_s + 1.0
+    return CodeGrader(options, permissions.code == "rlimits"), options.wall_s + 1.0
 
 
 def _python(values: Mapping[str, object], permissions: Permissions) -> tuple[Grader, float]:

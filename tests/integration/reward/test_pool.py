@@ -7,23 +7,32 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from services.reward.graders import Permissions
-from services.reward.pool import Pool
+from services.reward.pool import Pool, PoolStats
 from services.reward.scorer import Score, ScoreRequest, Status
 from services.reward.spec import GraderSpec
 from services.reward.worker import Limits
 from services.runtime.errors import ScoreError
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 HERE = "tests.integration.reward.graders_of_tests"
 MATH = (GraderSpec(name="math"),)
 OBEY = (GraderSpec(name="python", options={"callable": f"{HERE}:obey", "timeout_s": 0.001}),)
 
 
-@pytest.fixture
-async def pool() -> AsyncIterator[Pool]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def open_pool() -> AsyncIterator[Pool]:
     async with Pool(workers=2, limits=Limits(cpu_s=0.5, wall_s=1.0), permissions=Permissions(python=(HERE,))) as pool:
         yield pool
+
+
+@pytest.fixture
+def pool(open_pool: Pool) -> Pool:
+    """One pool for all tests, with counts from zero."""
+    open_pool.stats = PoolStats()
+    return open_pool
 
 
 async def score(

@@ -1,0 +1,188 @@
+"""The inside of the sandbox: started by path with `python -I -S`, imports the standard library only.
+
+    outer (the worker's child)                     inner (process 1 of its own namespaces)
+    unshare: mounts, network, processes  ──►  a root of its own: interpreter and libraries, read-only; /tmp in memory
+    waits                                     resource limits; user nobody; no capabilities; no new privileges
+                                              runs the program, then the calls or the asserts
+
+What it does not protect from is listed in docs/rewards.md. argv[1]: descriptor of the job, argv[2]: of the results.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from contextlib import suppress
+
+EXIT_NO_NAMESPACES = 96
+EXIT_PROGRAM_FAILED = 97
+NOBODY = 65534
+TMP_BYTES = 16 << 20
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")
+
+_CLONE = {
+    "mounts": 0x20000,
+    "uts": 0x4000000,
+    "ipc": 0x8000000,
+    "user": 0x10000000,
+    "pids": 0x20000000,
+    "net": 0x40000000,
+}
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+_MNT_DETACH = 2
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP = 1, 38, 24
+_CAPABILITY_VERSION_3 = 0x20080522
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *arguments: object) -> None:
+    if getattr(_libc, name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    encoded = [None if one is None else one.encode() for one in (source, target, kind)]
+    _call("mount", *encoded, ctypes.c_ulong(flags), None if data is None else data.encode())
+
+
+def _unshare() -> None:
+    """New namespaces; as an ordinary user inside a user namespace."""
+    user, group = os.geteuid(), os.getegid()
+    flags = sum(value for name, value in _CLONE.items() if name != "user" or user != 0)
+    _call("unshare", ctypes.c_int(flags))
+    if user != 0:
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{NOBODY} {user} 1"),
+            ("gid_map", f"{NOBODY} {group} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(line)
+
+
+def _own_root(interpreter: str) -> None:
+    """A root that holds the interpreter and the system's libraries and nothing else of the host."""
+    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
+    paths = [path for path in (*SYSTEM, interpreter, *DEVICES) if os.path.exists(path)]
+    # Opened before a mount may hide them.
+    sources = {path: os.open(path, os.O_PATH) for path in paths if not os.path.islink(path)}
+    links = {path: os.readlink(path) for path in paths if os.path.islink(path)}
+    root = "/tmp"
+    _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={TMP_BYTES},mode=755")
+    for path, target in links.items():
+        os.symlink(target, root + path)
+    for path, source in sources.items():
+        inside = root + path
+        if os.path.exists(inside):
+            continue  # below a folder that is there already
+        directory = os.path.isdir(f"/proc/self/fd/{source}")
+        os.makedirs(inside if directory else os.path.dirname(inside), exist_ok=True)
+        if not directory:
+            os.close(os.open(inside, os.O_CREAT | os.O_WRONLY))
+        _mount(f"/proc/self/fd/{source}", inside, None, _MS_BIND)
+        device = 0 if path in DEVICES else _MS_RDONLY | _MS_NODEV
+        _mount("none", inside, None, _MS_BIND | _MS_REMOUNT | _MS_NOSUID | device)
+        os.close(source)
+    for path in ("/tmp", "/proc", "/old"):
+        os.makedirs(root + path, exist_ok=True)
+    _mount("tmpfs", root + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={TMP_BYTES},mode=1777")
+    with suppress(OSError):  # a container that masks parts of /proc forbids a fresh one, and nothing here needs it
+        _mount("proc", root + "/proc", "proc", _MS_NOSUID | _MS_NODEV)
+    os.chdir(root)
+    _call("pivot_root", b".", b"old")
+    os.chdir("/")
+    _call("umount2", b"/old", ctypes.c_int(_MNT_DETACH))
+    os.rmdir("/old")
+    _mount("none", "/", None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+
+
+def _limit(job: dict[str, object]) -> None:
+    for what, value in (
+        (resource.RLIMIT_CPU, job["cpu_s"]),
+        (resource.RLIMIT_AS, job["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, 1 << 20),
+        (resource.RLIMIT_NOFILE, 32),
+        (resource.RLIMIT_NPROC, 16),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        assert isinstance(value, int)
+        resource.setrlimit(what, (value, value))
+
+
+def _drop_privileges(isolated: bool) -> None:
+    if isolated:
+        for capability in range(64):
+            _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    _call("capset", header, nothing)
+    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # After the change of user, which clears it.
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _run(job: dict[str, object], results: int) -> None:
+    scope: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(str(job["program"]), "program.py", "exec"), scope)
+    calls, asserts = job["calls"], job["asserts"]
+    assert isinstance(calls, list)
+    assert isinstance(asserts, list)
+    for function, arguments in calls:
+        try:
+            value = scope[function](*arguments)  # type: ignore[operator]
+            line = json.dumps({"value": value})
+        except Exception as error:  # one call's failure is one case's
+            line = json.dumps({"error": f"{type(error).__name__}: {error}"[:200]})
+        os.write(results, line.encode() + b"\n")
+    for statement in asserts:
+        exec(compile(statement, "asserts.py", "exec"), scope)
+        os.write(results, json.dumps({"passed": job["nonce"]}).encode() + b"\n")
+
+
+def main() -> int:
+    """Returns the exit code: 0, EXIT_NO_NAMESPACES, or EXIT_PROGRAM_FAILED with the exception's last line on stderr."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    with os.fdopen(int(sys.argv[1]), "rb") as file:
+        job = json.load(file)
+    isolated = True
+    try:
+        _unshare()
+    except OSError as error:
+        if not job["rlimits_suffice"]:
+            print(f"namespaces cannot be made here ({error})", file=sys.stderr)
+            return EXIT_NO_NAMESPACES
+        isolated = False
+    inner = os.fork()
+    if inner:
+        _, status = os.waitpid(inner, 0)
+        return os.waitstatus_to_exitcode(status) % 256
+    try:
+        if isolated:
+            _own_root(job["interpreter"])
+        _drop_privileges(isolated)
+        _limit(job)
+    except OSError as error:
+        print(f"the sandbox cannot be made here ({error})", file=sys.stderr)
+        return EXIT_NO_NAMESPACES
+    try:
+        _run(job, int(sys.argv[2]))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException as error:  # the end of this process
+        print(f"{type(error).__name__}: {error}"[:300], file=sys.stderr)
+        return EXIT_PROGRAM_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,163 @@
+"""The grader `code` in its real sandbox: right and wrong programs, and programs that attack."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from services.reward import sandbox
+from services.reward.graders import Permissions, build, check_gold
+from services.reward.graders.base import Verdict
+from services.reward.scorer import ScoreRequest
+from services.reward.spec import GraderSpec
+
+ALLOWED = Permissions(code="isolated")
+ADD = {
+    "calls": [
+        {"function": "add", "arguments": [3, 4], "value": 7},
+        {"function": "add", "arguments": [-1, 1], "value": 0},
+    ]
+}
+LIMITS = sandbox.SandboxLimits(cpu_s=1, wall_s=3.0, memory_bytes=256 << 20, rlimits_suffice=False)
+
+
+def grade(tests: object, completion: str, **options: object) -> Verdict:
+    grader = build([GraderSpec(name="code", options=options)], ALLOWED)[0].grader
+    return grader.grade(ScoreRequest(prompt="", answer=json.dumps(tests), completion=completion))
+
+
+def attack(source: str) -> sandbox.Outcome:
+    return sandbox.run(sandbox.Program(source=source), LIMITS)
+
+
+def test_calls_are_compared_outside_of_the_sandbox() -> None:
+    assert grade(ADD, "def add(a, b):\n    return a + b\n").reward == 1.0
+    assert grade(ADD, "Here it is:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.").reward == 1.0
+    wrong = grade(ADD, "def add(a, b):\n    return 7\n")
+    assert wrong.reward == 0.0
+    assert wrong.reason == "1 of 2 tests pass; first failure: add returns another value than wanted"
+    assert grade(ADD, "def add(a, b):\n    return 7\n", partial=True).reward == 0.5
+    assert "NameError" in grade(ADD, "x = undefined").reason
+    assert "KeyError" in grade(ADD, "def sub(a, b): return 0").reason
+
+
+def test_standard_output_is_compared_line_by_line() -> None:
+    tests = {"stdin": [{"in": "3 4\n", "out": "7\n"}, {"in": "1 1\n", "out": "2"}]}
+    assert grade(tests, "print(sum(map(int, input().split())), ' ')").reward == 1.0
+    assert grade(tests, "print(7)").reward == 0.0
+    assert grade(tests, "print(7)", partial=True).reward == 0.5
+    assert "SyntaxError" in grade(tests, "print(").reason
+
+
+def test_asserts_must_all_be_reached() -> None:
+    tests = {"asserts": ["assert add(3, 4) == 7", "assert add(1, 1) == 2"]}
+    assert grade(tests, "def add(a, b): return a + b").reward == 1.0
+    assert grade(tests, "def add(a, b): return 7").reward == 0.0
+    assert grade(tests, "import os\nos._exit(0)").reward == 0.0
+    assert grade(tests, "raise SystemExit(0)").reward == 0.0
+    assert grade(tests, "print('{\"passed\": true}')\nimport os\nos._exit(0)").reward == 0.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ["", "   ", "no code, just ```text\nwords\n```", "```python\ndef add(a, b): return a + b", "```python\n\n```"],
+)
+def test_a_completion_without_a_whole_program_has_no_reward(completion: str) -> None:
+    assert grade(ADD, completion, fence="required").reward == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "7", "{}", "[]", '{"calls": []}', '{"stdin": [{"in": 1, "out": ""}]}', '{"call": []}']
+)
+def test_a_reference_answer_without_tests_is_refused(answer: str) -> None:
+    reason = check_gold(answer, [GraderSpec(name="code")], ALLOWED)
+    assert reason is not None
+    assert reason.startswith("The reference answer")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "while True: pass",
+        "10**10**9",
+        "import time\ntime.sleep(60)",
+        "import os\nos.fork()\nwhile True: pass",
+        "print('x' * (1 << 22))",
+        "import os\nwhile True: os.fork()",
+        "import os,time\nos.close(1);os.close(2);time.sleep(60)",
+        "x = bytearray(1 << 30)",
+    ],
+    ids=lambda source: source[:24],
+)
+def test_a_program_that_does_not_end_or_takes_too_much_is_stopped(source: str) -> None:
+    started = time.monotonic()
+    assert attack(source).problem is not None
+    assert time.monotonic() - started < 10
+
+
+def test_the_host_is_not_visible(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("password")
+    for path in (str(secret), "/etc/passwd", str(Path(__file__).resolve())):
+        assert "FileNotFoundError" in str(attack(f"open({path!r}).read()").problem)
+    listed = set(attack("import os\nprint(*os.listdir('/'))").stdout.split())
+    interpreter = Path(sys.base_prefix).parts[1]
+    assert listed <= {"usr", "lib", "lib64", "bin", "etc", "dev", "proc", "tmp", interpreter}
+
+
+@pytest.mark.parametrize("path", ["/usr/x", "/x", "/lib/x", "/proc/sys/kernel/core_pattern"])
+def test_nothing_but_tmp_can_be_written(path: str) -> None:
+    assert "Error" in str(attack(f"open({path!r}, 'w').write('x')").problem)
+    assert attack("open('/tmp/x', 'w').write('x')").problem is None
+    assert not Path("/tmp/x").exists()
+
+
+def test_there_is_no_network_and_no_other_process() -> None:
+    assert "OSError" in str(attack("import socket\nsocket.create_connection(('127.0.0.1', 1), 1)").problem).replace(
+        "ConnectionRefusedError", "OSError"
+    )
+    assert attack("import socket\nprint([name for _, name in socket.if_nameindex()])").stdout.strip() == "['lo']"
+    assert "ProcessLookupError" in str(attack(f"import os\nos.kill({os.getpid()}, 0)").problem)
+    assert attack("import os\nprint(os.getuid(), os.getpid())").stdout.strip() == "65534 1"
+
+
+def test_privileges_and_environment_are_gone() -> None:
+    variables = set(attack("import os\nprint(*os.environ)").stdout.split())
+    assert variables <= {"LANG", "LC_CTYPE", "PATH", "PYTHONHASHSEED"}
+    assert "PermissionError" in str(attack("import os\nos.setuid(0)").problem)
+    status = """
+import ctypes
+libc = ctypes.CDLL(None)
+print(libc.prctl(39, 0, 0, 0, 0), [libc.prctl(23, one, 0, 0, 0) for one in range(40)].count(1))
+"""
+    assert attack(status).stdout.strip() == "1 0"  # no new privileges; not one capability in the bounding set
+
+
+def test_results_cannot_be_forged_without_knowing_the_values() -> None:
+    forger = """
+import os
+for descriptor in range(3, 32):
+    try:
+        os.write(descriptor, b'{"value": 1}\\n{"passed": "guess"}\\n')
+    except OSError:
+        pass
+os._exit(0)
+"""
+    assert grade(ADD, forger).reward == 0.0
+    assert grade({"asserts": ["assert False"]}, forger).reward == 0.0
+
+
+def test_a_host_without_namespaces_is_a_failure_of_the_grader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    child = Path(sandbox.__file__).with_name("sandbox_child.py").read_text()
+    call, refusal = '_call("unshare", ctypes.c_int(flags))', 'raise OSError(1, "Operation not permitted")'
+    assert call in child
+    broken = tmp_path / "child.py"
+    broken.write_text(child.replace(call, refusal))
+    monkeypatch.setattr(sandbox, "_CHILD", str(broken))
+    with pytest.raises(sandbox.SandboxUnavailableError, match="Operation not permitted"):
+        attack("print(1)")
+    weak = sandbox.SandboxLimits(cpu_s=1, wall_s=3.0, memory_bytes=256 << 20, rlimits_suffice=True)
+    assert sandbox.run(sandbox.Program(source="print(1)"), weak).stdout == "1\n"
