@@ -111,7 +111,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> HeteroRLError:
         if reason is not None:
             found = _BY_REASON.get(reason) or _BY_CODE.get(code, HeteroRLError)
             return _build(found, details or reason, retry_after_s)
-    if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in details:
+    if code is _Code.RESOURCE_EXHAUSTED and ("larger than max" in details or "metadata size exceeds" in details):
         return errors.BadInputError(f"a message is larger than the peer accepts: {_bounded(details)}")
     found = _BY_CODE.get(code, HeteroRLError)
     return _build(found, f"the peer answered {code.name}: {_bounded(details) or 'no reason given'}", None)

@@ -86,6 +86,11 @@ def test_a_status_of_a_stranger_is_read_by_its_code(code: grpc.StatusCode, kind:
     assert str(error) == f"the peer answered {code.name}: Socket closed"
 
 
+@pytest.mark.parametrize("size", ["Received message larger than max (5 vs. 4)", "metadata size exceeds hard limit"])
+def test_what_is_too_large_now_is_too_large_later(size: str):
+    assert type(from_rpc_error(bare(grpc.StatusCode.RESOURCE_EXHAUSTED, size))) is BadInputError
+
+
 def test_every_code_has_an_error():
     for code in grpc.StatusCode:
         assert isinstance(from_rpc_error(bare(code, "")), HeteroRLError)
