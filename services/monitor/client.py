@@ -15,8 +15,14 @@ from services.wire.errors import from_rpc_error
 from services.wire.identity import Identity, Role
 from services.wire.tls import TlsFiles
 
-_LOCAL = Identity(role=Role.MONITOR, id="local")
-"""Who we are where there is no TLS to say so."""
+
+def dial(target: str, tls: TlsFiles | None, role: Role) -> grpc.aio.Channel:
+    """A channel to HOST:PORT. tls: None dials without TLS, to loopback only, and says that we are `role` "local"."""
+    address = parse_target(target)
+    if tls is None:
+        return open_channel(address, None, "control", Identity(role=role, id="local"))
+    credentials, identity = channel_credentials(tls)
+    return open_channel(address, credentials, "control", identity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +47,7 @@ class MonitorClient:
     def __init__(self, target: str, tls: TlsFiles | None) -> None:
         """target: HOST:PORT. tls: None connects without TLS, to loopback addresses only."""
         self._target = target
-        address = parse_target(target)
-        credentials, identity = (None, _LOCAL) if tls is None else channel_credentials(tls)
-        self._channel = open_channel(address, credentials, "control", identity)
+        self._channel = dial(target, tls, Role.MONITOR)
         self._stub: monitor_pb2_grpc.MonitorServiceAsyncStub = monitor_pb2_grpc.MonitorServiceStub(self._channel)
 
     async def __aenter__(self) -> "MonitorClient":
