@@ -1,6 +1,7 @@
 """A client of AdminService: what operators change in a running learner. Needs a certificate of role admin."""
 
 from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
 import grpc
 
@@ -11,8 +12,8 @@ from services.wire.tls import TlsFiles
 
 CALL_TIMEOUT_S = 15.0
 
-Stub = admin_pb2_grpc.AdminServiceAsyncStub
-Action = Callable[[Stub], Awaitable[object]]
+
+Action: TypeAlias = "Callable[[admin_pb2_grpc.AdminServiceAsyncStub], Awaitable[object]]"
 
 
 def drain(sampler_id: str) -> Action:
