@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from services.runtime.config import Section
+from services.runtime.log import LogSection
 from services.wire.tls import TlsFiles
 
 
@@ -73,6 +74,7 @@ class SamplerConfig(Section):
     spool: SpoolSection = SpoolSection()
     leases: int = Field(default=0, ge=0)
     """Leases held at once; 0 takes two engine batches."""
+    log: LogSection = LogSection()
     metrics_address: str = ""
     """HOST:PORT of the Prometheus endpoint; empty for none."""
 

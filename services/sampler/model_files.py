@@ -50,6 +50,7 @@ def build_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Pr
         config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
         with torch.device(device), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()  # a part of the initialisation that was left out
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"the model in {model_dir} cannot be built here: {_first_line(error)}") from error
     except torch.OutOfMemoryError as error:

@@ -88,6 +88,7 @@ class Rollout:
         self.in_engine = 0
         """Groups that the engine works on."""
         self.paused = False
+        self.draining = False
 
     @property
     def lease_ids(self) -> tuple[str, ...]:
@@ -134,11 +135,15 @@ class Rollout:
                     await asyncio.sleep(wait_s)
                     continue
                 backoff.reset()
+                if leases and self.draining:
+                    await self._release([lease.lease_id for lease in leases], "drain")
+                    continue
                 for lease in leases:
                     self._begin(tasks, lease)
 
     async def finish(self) -> None:
         """Drain: asks for nothing, releases what has not begun, and waits for what has."""
+        self.draining = True
         self.pause(True)
         waiting = [lease_id for lease_id in self._tasks if lease_id not in self._started]
         for lease_id in waiting:

@@ -1,0 +1,129 @@
+"""Heartbeats: the sampler's report to the learner, and what the learner asks back."""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from heterorl.v1 import control_pb2
+from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
+from services.runtime.errors import ExhaustedError, UnavailableError
+from services.runtime.log import get_logger
+from services.sampler.engine import Engine
+from services.sampler.follower import Follower
+from services.sampler.rollout import Rollout
+from services.sampler.session import LearnerSession
+from services.sampler.spool import Spool
+from services.sampler.tally import Tally
+from services.wire.convert import to_heartbeat
+from services.wire.types import SamplerReport, SamplerState
+
+_log = get_logger("sampler.heartbeat")
+_TIMEOUT_S = 10.0
+_JITTER = 0.2
+
+
+class Heartbeat:
+    """`drain` is called when the learner asks for it."""
+
+    def __init__(
+        self,
+        *,
+        control: ControlServiceAsyncStub,
+        session: LearnerSession,
+        follower: Follower,
+        spool: Spool,
+        tally: Tally,
+        engine: Engine,
+        drain: Callable[[], None],
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._control = control
+        self._session = session
+        self._follower = follower
+        self._spool = spool
+        self._tally = tally
+        self._engine = engine
+        self._drain = drain
+        self._draw = draw
+        self._answered = True
+        self.rollout: Rollout | None = None
+        """Set when groups can be made; before that the sampler reports STARTING."""
+        self.draining = False
+
+    async def run(self) -> None:
+        """For ever, every interval ± 20 %. Raises FencedError, RefusedError, ConfigError from the learner, and
+        UnavailableError after connect.give_up_s of silence."""
+        while True:
+            await self.beat()
+            interval_s = self._session.heartbeat_interval_s
+            await asyncio.sleep(interval_s * (1 + _JITTER * (2 * self._draw() - 1)))
+
+    async def beat(self) -> None:
+        """One report, and its directives carried out. A learner that does not answer is logged once, and waited for."""
+        report = self.report()
+        try:
+            answer = await self._session.call(
+                lambda session: self._control.Heartbeat(
+                    to_heartbeat(session, report), timeout=min(_TIMEOUT_S, self._session.heartbeat_interval_s * 2)
+                )
+            )
+        except (UnavailableError, ExhaustedError) as error:
+            if self._answered:
+                _log.warning("learner_silent", error=error)
+            self._answered = False
+            self._session.check_patience()
+            return
+        if not self._answered:
+            _log.info("learner_back", spool_groups=self._spool.groups)
+        self._answered = True
+        self._session.learner_version = answer.learner_version
+        self._obey(answer)
+
+    def report(self) -> SamplerReport:
+        """The sampler now."""
+        rollout, tally = self.rollout, self._tally
+        return SamplerReport(
+            state=self.state(),
+            policy_version=max(0, self._follower.version),
+            policy_root=self._follower.root,
+            lease_ids=() if rollout is None else rollout.lease_ids,
+            spool_groups=self._spool.groups,
+            spool_bytes=self._spool.bytes,
+            groups_total=tally.groups,
+            tokens_total=tally.tokens,
+            weights_bytes_received=tally.weights_bytes,
+            tokens_per_s=tally.tokens_per_s,
+            fetch=tally.fetch,
+            last_swap_pause_ms=1000 * tally.swap_pause_s,
+            engine_restarts=self._engine.restarts,
+            grader_restarts=tally.reward_restarts,
+            groups_dropped=dict(tally.dropped),
+            engine=self._engine.info,
+        )
+
+    def state(self) -> SamplerState:
+        """What it is doing, in one word: the first that applies."""
+        if self.rollout is None:
+            return SamplerState.STARTING
+        for applies, state in (
+            (self.draining, SamplerState.DRAINING),
+            (self._follower.swapping, SamplerState.SWAPPING),
+            (not self._spool.room.is_set(), SamplerState.SPOOL_FULL),
+            (self.rollout.in_engine > 0, SamplerState.GENERATING),
+            (self.rollout.paused, SamplerState.PAUSED),
+        ):
+            if applies:
+                return state
+        return SamplerState.WAITING_FOR_LEASES
+
+    def _obey(self, answer: control_pb2.HeartbeatResponse) -> None:
+        if self.rollout is None or self.draining:
+            return
+        self.rollout.abandon(answer.lost_lease_ids)
+        if answer.directive == control_pb2.DIRECTIVE_DRAIN:
+            self._drain()
+            return
+        pause = answer.directive == control_pb2.DIRECTIVE_PAUSE
+        if pause != self.rollout.paused:
+            _log.info("paused" if pause else "resumed")
+            self.rollout.pause(pause)
