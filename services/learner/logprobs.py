@@ -75,13 +75,22 @@ def _spread(values_N: Tensor, targets_BT: Tensor, mask_BT: Tensor | None) -> Ten
     return values_N.new_zeros(targets_BT.shape).masked_scatter(mask_BT, values_N)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with products summed in float32 or wider, and not rounded to the factors' type."""
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right with products summed in float32 or wider, and not rounded to the factors' type.
+
+    `out` is memory that may be used again: fresh pages for every chunk cost a CPU more than the product.
+    """
     if left.dtype in (torch.float32, torch.float64):
-        return left @ right
+        return torch.mm(left, right, out=out)
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    return torch.mm(left.float(), right.float(), out=out)
+
+
+def _buffers(chunk_tokens: int, hidden_NH: Tensor, head_VH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two [c, V] buffers: all that a pass needs beyond its results."""
+    shape = (min(chunk_tokens, hidden_NH.shape[0]), head_VH.shape[0])
+    return hidden_NH.new_empty(shape, dtype=dtype), hidden_NH.new_empty(shape, dtype=dtype)
 
 
 class _Saved(FunctionCtx):
@@ -113,15 +122,19 @@ class _Chunked(torch.autograd.Function):
         logprobs_N, lse_N, entropy_N = (hidden_NH.new_zeros(rows, dtype=wide) for _ in range(3))
         with torch.autocast(hidden_NH.device.type, enabled=False):
             head_HV = head_VH.to(matmul_dtype).t()
+            first, second = _buffers(chunk_tokens, hidden_NH, head_VH, wide)
             for start in range(0, rows, chunk_tokens):
                 part = slice(start, start + chunk_tokens)
-                z_CV = _product(hidden_NH[part].to(matmul_dtype), head_HV).div_(temperature)
-                lse_C1 = z_CV.logsumexp(1, keepdim=True)
-                lse_N[part] = lse_C1.squeeze(1)
-                logprobs_N[part] = (z_CV.gather(1, targets_N[part, None]) - lse_C1).squeeze(1)
+                hidden = hidden_NH[part].to(matmul_dtype)
+                z_CV = _product(hidden, head_HV, first[: len(hidden)]).div_(temperature)
+                top_C1 = z_CV.amax(1, keepdim=True)
+                z_CV.sub_(top_C1)
+                e_CV = torch.exp(z_CV, out=second[: len(hidden)])
+                total_C = e_CV.sum(1)
+                lse_N[part] = top_C1.squeeze(1) + total_C.log()
+                logprobs_N[part] = z_CV.gather(1, targets_N[part, None]).squeeze(1) - total_C.log()
                 if with_entropy:
-                    log_p_CV = z_CV.sub_(lse_C1)
-                    entropy_N[part] = -log_p_CV.exp().mul_(log_p_CV).sum(1)
+                    entropy_N[part] = total_C.log() - e_CV.mul_(z_CV).sum(1) / total_C
         ctx.save_for_backward(hidden_NH, head_VH, targets_N, lse_N, entropy_N)
         ctx.temperature, ctx.chunk_tokens, ctx.matmul_dtype = temperature, chunk_tokens, matmul_dtype
         if not with_entropy:
@@ -140,13 +153,15 @@ class _Chunked(torch.autograd.Function):
         grad_head_VH = torch.zeros_like(head_VH, dtype=lse_N.dtype) if to_head else None
         with torch.autocast(hidden_NH.device.type, enabled=False):
             head = head_VH.to(ctx.matmul_dtype)
+            first, second = _buffers(ctx.chunk_tokens, hidden_NH, head_VH, lse_N.dtype)
             for start in range(0, hidden_NH.shape[0], ctx.chunk_tokens):
                 part = slice(start, start + ctx.chunk_tokens)
                 hidden = hidden_NH[part].to(ctx.matmul_dtype)
-                log_p_CV = _product(hidden, head.t()).div_(ctx.temperature).sub_(lse_N[part, None])
-                p_CV = log_p_CV.exp()
+                log_p_CV = _product(hidden, head.t(), first[: len(hidden)]).div_(ctx.temperature)
+                log_p_CV = log_p_CV.sub_(lse_N[part, None])
+                p_CV = torch.exp(log_p_CV, out=second[: len(hidden)])
                 grad_C1 = grad_logprobs_N[part, None]
-                # In place, so that a chunk costs two [c, V] buffers: -p (g + g_H (log p + H)), then + g at the target.
+                # In place in the two buffers: -p (g + g_H (log p + H)), then + g at the target.
                 slope_CV = log_p_CV.add_(entropy_N[part, None]).mul_(grad_entropy_N[part, None]).add_(grad_C1)
                 slope_CV = slope_CV.mul_(p_CV).neg_().scatter_add_(1, targets_N[part, None], grad_C1)
                 slope = slope_CV.div_(ctx.temperature).to(ctx.matmul_dtype)
