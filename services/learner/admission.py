@@ -1,6 +1,6 @@
 """What becomes of a group on arrival: pure functions from an envelope and what is known to a verdict.
 
-    inspect: bytes ──► group that keeps every rule of form, or the rule that it breaks
+    inspect: bytes ──► group, and the rule of form that it breaks, if any
     judge:   group + lease + versions ──► ACCEPTED, STALE, FUTURE_VERSION, LEASE_LOST, INVALID
 
 STALE here only saves the buffer's space. The guarantee about staleness is `buffer.GroupBuffer.take`.
@@ -99,22 +99,30 @@ class Judgement:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
+    """A sound group has no fault; a faulty one is kept where it parses, because it names its lease."""
+
+    group: ScoredGroup | None = None
+    fault: Fault | None = None
+
+
 _ACCEPTED = Judgement(code=VerdictCode.ACCEPTED)
 _LEASE_LOST = Judgement(code=VerdictCode.LEASE_LOST)
 _STALE = Judgement(code=VerdictCode.STALE)
 
 
-def inspect(envelope: GroupEnvelope, rules: FormRules) -> ScoredGroup | Fault:
+def inspect(envelope: GroupEnvelope, rules: FormRules) -> Inspected:
     """Checks form and values. Touches no state, so that it can run in a thread."""
     if not 0 < len(envelope.group_id) <= 64 or not envelope.group_id.isascii() or not envelope.group_id.isprintable():
-        return Fault.BAD_GROUP_ID
+        return Inspected(fault=Fault.BAD_GROUP_ID)
     if hashlib.sha256(envelope.payload).digest() != envelope.content_sha256:
-        return Fault.DIGEST_MISMATCH
+        return Inspected(fault=Fault.DIGEST_MISMATCH)
     try:
         group = decode_group(envelope.payload)
     except BadInputError:
-        return Fault.DOES_NOT_PARSE
-    return _inspect_group(group, rules) or group
+        return Inspected(fault=Fault.DOES_NOT_PARSE)
+    return Inspected(group=group, fault=_inspect_group(group, rules))
 
 
 def _inspect_group(group: ScoredGroup, rules: FormRules) -> Fault | None:

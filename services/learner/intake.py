@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from services.learner.admission import Fault, FormRules, Judgement, inspect, judge
+from services.learner.admission import Fault, FormRules, Inspected, Judgement, inspect, judge
 from services.learner.journal import Journal
 from services.learner.journal_rows import PURPOSE_EVAL, PURPOSE_TRAIN, First, GroupRow, RepeatRow
 from services.learner.leases import LeaseTable
@@ -221,7 +221,7 @@ class Intake:
         arrival: Arrival,
         by_seq: First | None,
         by_id: First | None,
-        inspected: ScoredGroup | Fault | None,
+        inspected: Inspected | None,
     ) -> Verdict | Gap:
         stream, seq = (arrival.sampler_id, arrival.spool_id), arrival.envelope.seq
         expected = draft.heads.get(stream, self._heads.get(stream, 0)) + 1
@@ -262,9 +262,9 @@ class Intake:
         )
         return Verdict(seq=arrival.envelope.seq, code=code, reason=reason, first=first.verdict if same else None)
 
-    def _admit(self, draft: _Draft, arrival: Arrival, inspected: ScoredGroup | Fault) -> Verdict:
+    def _admit(self, draft: _Draft, arrival: Arrival, inspected: Inspected) -> Verdict:
         judgement = self._judge(arrival, inspected)
-        group = None if isinstance(inspected, Fault) else inspected
+        group = inspected.group
         row = self._row(arrival, group, judgement)
         draft.groups.append(row)
         if group is not None and judgement.code is VerdictCode.ACCEPTED:
@@ -279,14 +279,14 @@ class Intake:
         draft.by_id[arrival.sampler_id, row.group_id] = first
         return Verdict(seq=arrival.envelope.seq, code=judgement.code, reason=judgement.reason)
 
-    def _judge(self, arrival: Arrival, inspected: ScoredGroup | Fault) -> Judgement:
+    def _judge(self, arrival: Arrival, inspected: Inspected) -> Judgement:
         sampler = self._sessions.find(arrival.sampler_id)
         if sampler is not None and sampler.quarantined:
             return Judgement(code=VerdictCode.QUARANTINED)
-        if isinstance(inspected, Fault):
-            return Judgement(code=VerdictCode.INVALID, reason=inspected.value)
-        facts = self._leases.facts(inspected.lease_id, arrival.sampler_id)
-        return judge(inspected, facts, self._versions, self._max_staleness)
+        if inspected.group is None or inspected.fault is not None:
+            return Judgement(code=VerdictCode.INVALID, reason=inspected.fault or Fault.DOES_NOT_PARSE)
+        facts = self._leases.facts(inspected.group.lease_id, arrival.sampler_id)
+        return judge(inspected.group, facts, self._versions, self._max_staleness)
 
     def _row(self, arrival: Arrival, group: ScoredGroup | None, judgement: Judgement) -> GroupRow:
         envelope = arrival.envelope
