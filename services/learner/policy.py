@@ -4,7 +4,6 @@ load_policy(directory) ──► Policy ── wire_weights() ──► bf16 bit
                               └───── files ───────────► config, tokenizer, chat template: what samplers need
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from services.learner.config import PolicySection
-from services.runtime.errors import ConfigError, HeteroRLError, InputMissingError, InvalidWeightsError
+from services.learner.model_files import read_model_files
+from services.runtime.errors import ConfigError, InvalidWeightsError
 from services.wire.delta import BitTensor
 from services.wire.torch_bits import to_bits
 
 WIRE_DTYPE = "BF16"
 """safetensors name of the type that weights travel in."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    *_TOKENIZER_FILES,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,34 +47,6 @@ class Policy:
         return to_bits(self.parameters())
 
 
-def read_model_files(directory: Path) -> dict[str, bytes]:
-    """Config, tokenizer and chat template. Raises InputMissingError naming what the directory lacks."""
-    if not directory.is_dir():
-        raise InputMissingError(
-            f"model directory {directory} is not there: set policy.path to a Hugging Face directory"
-        )
-    files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
-    if "config.json" not in files:
-        raise InputMissingError(f"{directory} has no config.json: it is not a Hugging Face model directory")
-    if not any(directory.glob("*.safetensors")):
-        hint = "; convert pytorch_model.bin, pickles are not read" if any(directory.glob("*.bin")) else ""
-        raise InputMissingError(f"{directory} has no .safetensors weights{hint}")
-    if not any(name in files for name in _TOKENIZER_FILES):
-        raise InputMissingError(f"{directory} has no tokenizer (tokenizer.json): save one beside the model")
-    if not _has_chat_template(files):
-        raise ConfigError(f"the tokenizer in {directory} has no chat template: add chat_template.jinja")
-    return files
-
-
-def _has_chat_template(files: Mapping[str, bytes]) -> bool:
-    if "chat_template.jinja" in files or "chat_template.json" in files:
-        return True
-    try:
-        return bool(json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template"))
-    except (ValueError, AttributeError):
-        return False
-
-
 def pick_device(name: str) -> torch.device:
     """The device of policy.device; "auto" takes CUDA where there is one. Raises ConfigError."""
     if name == "auto":
@@ -106,8 +65,8 @@ def pick_device(name: str) -> torch.device:
 def load_policy(settings: PolicySection) -> Policy:
     """Loads model and files. Blocks.
 
-    Raises InputMissingError (directory, config, weights or tokenizer missing), ConfigError (no chat template, unknown
-    architecture, no such device), InvalidWeightsError (weights that do not fit the config, or are not finite).
+    Raises as `read_model_files` does, ConfigError (tokenizer does not load, unknown architecture, no such device),
+    InvalidWeightsError (weights that do not fit the config, or are not finite).
     """
     files = read_model_files(settings.path)
     device = pick_device(settings.device)
@@ -156,8 +115,6 @@ def _load_model(directory: Path) -> PreTrainedModel:
             continue
         except (RuntimeError, OSError) as error:
             raise InvalidWeightsError(f"the weights in {directory} do not load: {_first_line(error)}") from error
-        except HeteroRLError:
-            raise
         except Exception as error:  # safetensors raises its own class for a damaged file
             raise InvalidWeightsError(f"the weights in {directory} do not load: {_first_line(error)}") from error
         model, info = cast("tuple[PreTrainedModel, dict[str, list[object]]]", loaded)

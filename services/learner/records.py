@@ -59,8 +59,8 @@ class Records:
         atomic_write(self._path, b"".join(record.line() for record in self.records))
 
     async def follow(self, from_step: int) -> AsyncIterator[Record]:
-        """*Consumes* nothing; *waits for* new records; *produces* all from `from_step` on, in order; endless; *on
-        cancel* nothing is lost."""
+        """*Consumes* nothing; *waits for* new records; *produces* all from `from_step` on, in order; endless;
+        *on cancel* nothing is lost."""
         position = 0
         while True:
             changed = self._changed

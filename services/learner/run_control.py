@@ -1,7 +1,10 @@
 """Pause, resume and stop, as the training loop sees them."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 class RunControl:
@@ -9,6 +12,8 @@ class RunControl:
 
     def __init__(self, stopping: asyncio.Event, on_stop: Callable[[str], None]) -> None:
         self.stopping = stopping
+        self.asked = False
+        """An operator asked for the end, so that samplers are to end too; a signal may be a restart."""
         self._on_stop = on_stop
         self._running = asyncio.Event()
         self._running.set()
@@ -24,22 +29,24 @@ class RunControl:
         self._running.set()
 
     def stop(self, reason: str) -> None:
+        self.asked = True
         self._on_stop(reason)
         self.stopping.set()
 
     async def wait_until_running(self) -> None:
         """*Waits for* the end of a pause, or a stop; *on cancel* nothing is lost."""
-        await first_of(self._running.wait(), self.stopping.wait())
+        await unless_set(self.stopping, self._running.wait())
 
 
-async def first_of(*waits: Coroutine[None, None, object]) -> None:
-    """Waits for the first of several, and cancels the others; raises what it raised."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
+async def unless_set(event: asyncio.Event, work: Awaitable[_T]) -> _T | None:
+    """*Waits for* `work`, or for `event`, whichever is first; *produces* the result, or None with `work` cancelled; *on
+    cancel* `work` is cancelled too. A result that is there when the event is set is not lost."""
+    task = asyncio.ensure_future(work)
+    stop = asyncio.ensure_future(event.wait())
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for one in (task, stop):
+            one.cancel()
+        await asyncio.gather(task, stop, return_exceptions=True)

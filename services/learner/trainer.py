@@ -18,6 +18,7 @@ from torch import Tensor
 
 from services.learner.batches import MicroBatch, RowBatch, TrainGroup, build_batch, micro_batches
 from services.learner.config import OptimizerSection
+from services.learner.forward import Forward
 from services.learner.losses.evaluate import loss_of
 from services.learner.losses.metrics import PartialMetrics, finish_metrics
 from services.learner.losses.prepare import prepare
@@ -63,6 +64,7 @@ class Trainer:
     def __init__(self, policy: Policy, settings: TrainerSettings) -> None:
         self._policy = policy
         self._settings = settings
+        self._forward = Forward(policy, settings.temperature, settings.autocast)
         self._parameters = [tensor for tensor in policy.model.parameters() if tensor.requires_grad]
         knobs = settings.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -81,7 +83,8 @@ class Trainer:
         partials: list[PartialMetrics] = []
         gaps: list[tuple[Tensor, Tensor]] = []
         for micro in micro_batches(batch, self._settings.micro_batch_tokens):
-            logprobs_bt, entropy_bt = self._forward(micro)
+            mask_bt = batch.loss_inputs.mask_BT[micro.index_b, : micro.columns]
+            logprobs_bt, entropy_bt = self._forward(micro, mask_bt)
             rows = prepared.rows(micro.index_b.to(device), micro.columns)
             output = loss_of(rows, logprobs_bt, entropy_bt)
             output.loss.backward()
@@ -107,16 +110,6 @@ class Trainer:
         self.optimizer.step()
         self.steps_taken += 1
         return rate
-
-    def _forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy of the tokens that the columns predict, float32 [b, t]."""
-        device = self._policy.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._settings.autocast):
-            token_ids = micro.token_ids_bl.to(device)
-            logits = self._policy.model(input_ids=token_ids, attention_mask=micro.attention_bl.to(device)).logits
-            table = torch.log_softmax(logits[:, :-1].float() / self._settings.temperature, -1)
-            entropy = -(table.detach().exp() * table.detach()).sum(-1)
-            return table.gather(-1, token_ids[:, 1:, None]).squeeze(-1), entropy
 
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments and counters by parameter name; not copies."""

@@ -12,6 +12,7 @@ from heterorl.v1 import weights_pb2, weights_pb2_grpc
 from services.learner.object_store import ObjectStore, OpenObject
 from services.learner.plans import Planner
 from services.learner.publisher import Publisher
+from services.learner.run_control import unless_set
 from services.learner.traffic import Traffic
 from services.runtime.errors import MismatchError, UnavailableError
 from services.runtime.failpoints import hit
@@ -39,6 +40,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         planner: Planner,
         store: ObjectStore,
         traffic: Traffic,
+        drain: asyncio.Event,
         stall_s: float = STALL_S,
     ) -> None:
         self._run_id = run_id
@@ -46,16 +48,17 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         self._planner = planner
         self._store = store
         self._traffic = traffic
+        self._drain = drain
         self._stall_s = stall_s
 
     async def WatchPolicy(
         self, request: weights_pb2.WatchPolicyRequest, context: _Watch
     ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
-        """*Waits for* versions; *produces* the newest at once and after each publish, never a queue of them."""
+        """*Waits for* versions; *produces* the newest at once and after each publish, never a queue of them; ends when
+        the learner drains."""
         self._check_run(request.run_id)
         seen: SignedManifest | None = None
-        while True:
-            seen = await self._publisher.wait_for_change(seen)
+        while (seen := await unless_set(self._drain, self._publisher.wait_for_change(seen))) is not None:
             yield weights_pb2.WatchPolicyResponse(manifest=to_signed(seen))
 
     async def GetPlan(self, request: weights_pb2.GetPlanRequest, context: _Plan) -> weights_pb2.GetPlanResponse:

@@ -1,0 +1,37 @@
+"""`heterorl learner -c run.toml`: trains the policy and serves samplers."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import cast
+
+from services.runtime.config import add_config_arguments, load
+from services.runtime.log import LogSection, configure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--check", action="store_true", help="check configuration, certificates and inputs, then end")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from services.learner.config import LearnerConfig
+
+    path = cast("Path | None", arguments.config)
+    config = load(LearnerConfig, path, arguments.overrides, os.environ).value
+    configure(LogSection())
+    from services.learner.preflight import preflight
+
+    inputs = preflight(config)
+    if arguments.check:
+        print(f"run {config.run.id}: {len(inputs.train.prompts)} training prompts, configuration and inputs are good")
+        return 0
+    # Only now: the imports take seconds, and everything that a person gets wrong has been said by here.
+    from services.learner.app import run_learner
+    from services.runtime.lifecycle import Process
+    from services.runtime.lifecycle import run as run_process
+
+    async def main(process: Process) -> None:
+        await run_learner(process, config, inputs)
+
+    return run_process(main, "learner")

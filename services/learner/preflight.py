@@ -1,0 +1,56 @@
+"""Everything of a start that can be checked before torch is imported: certificates, address, data sets, model files."""
+
+from dataclasses import dataclass
+
+import grpc
+
+from services.learner.config import LearnerConfig
+from services.learner.dataset import Dataset
+from services.learner.model_files import read_model_files
+from services.runtime.address import Address, parse_listen, require_loopback
+from services.runtime.errors import ConfigError
+from services.runtime.log import get_logger
+from services.wire.credentials import server_credentials
+from services.wire.types import Prompt
+
+_log = get_logger("learner.preflight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the checks read. `credentials` is None without TLS."""
+
+    address: Address
+    credentials: grpc.ServerCredentials | None
+    train: Dataset
+    eval_prompts: tuple[Prompt, ...]
+
+
+def preflight(config: LearnerConfig) -> Inputs:
+    """Checks the whole configuration against this machine. Blocks, a second at most.
+
+    Raises UsageError (address), RefusedError (no TLS beyond loopback, certificates), InputMissingError, BadInputError
+    (data sets, model directory), ConfigError (settings that contradict each other).
+    """
+    address = parse_listen(config.listen.address)
+    if config.loss.kl_beta > 0 and config.loss.kl_target == "reference":
+        raise ConfigError(
+            'loss.kl_target = "reference" needs a reference model, which this release cannot load: use "sampler"'
+        )
+    credentials = None
+    if config.listen.insecure:
+        require_loopback(address)
+    elif config.tls is None:
+        raise ConfigError("[tls] is missing: make certificates with `heterorl pki dev`")
+    else:
+        credentials, _ = server_credentials(config.tls)
+    keys = (config.data.prompt_key, config.data.answer_key)
+    train = Dataset.load(config.data.train, *keys)
+    held_out = () if config.data.eval is None else Dataset.load(config.data.eval, *keys).prompts
+    read_model_files(config.policy.path)
+    return Inputs(
+        address=address,
+        credentials=credentials,
+        train=train,
+        eval_prompts=held_out[: config.eval.prompts],
+    )

@@ -1,0 +1,242 @@
+"""The training loop: batches in, versions out.
+
+    evaluate version 0 ─► ┌─ take a batch ─► step ─► mark trained ─► publish ─► advance ─┐ ─► evaluate the last version
+                          └──────────────────── checkpoint every N ◄────────────────────┘
+
+Version n is the policy after n applied steps. With max_staleness = 0 everything is one after another; else the next
+batch is awaited while the new version is encoded, and the next step begins when that is done.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.learner.checkpoint import Checkpoints, Position
+from services.learner.config import LearnerConfig
+from services.learner.data_plane import DataPlane, TakenBatch
+from services.learner.evaluation import EvalRound
+from services.learner.plans import Planner
+from services.learner.policy import Policy
+from services.learner.publisher import Published, Publisher
+from services.learner.records import Record, Records
+from services.learner.run_control import RunControl, unless_set
+from services.learner.run_state import Activity, EvalPoint, RunState
+from services.learner.traffic import Traffic
+from services.learner.trainer import Trainer
+from services.runtime.errors import HeteroRLError
+from services.runtime.failpoints import hit
+from services.runtime.log import get_logger
+from services.wire.delta import Weights
+from services.wire.types import Prompt
+
+NONFINITE = "NONFINITE"
+"""Why the groups of a step that was not applied are dropped."""
+_MOST_NONFINITE = 8
+"""Steps in a row that were not applied before the run ends: nothing will heal it."""
+
+_log = get_logger("learner.loop")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopParts:
+    """What the loop works with."""
+
+    config: LearnerConfig
+    policy: Policy
+    trainer: Trainer
+    plane: DataPlane
+    publisher: Publisher
+    planner: Planner
+    checkpoints: Checkpoints
+    traffic: Traffic
+    state: RunState
+    records: Records
+    control: RunControl
+    eval_prompts: Sequence[Prompt]
+    model_objects: frozenset[str]
+
+
+class RunLoop:
+    """`run` is the main flow; `finished` says whether it came to its end or was stopped."""
+
+    def __init__(self, parts: LoopParts) -> None:
+        self._p = parts
+        self._saved_step = parts.state.step if parts.checkpoints.steps() else -1
+        self._nonfinite = 0
+        self._evaluating: asyncio.Task[None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the run are taken."""
+        steps = self._p.config.run.steps
+        return 0 < steps <= self._p.state.step
+
+    async def run(self) -> None:
+        """*Consumes* batches; *waits for* samplers; *produces* versions, checkpoints and records; returns at the run's
+        last step or after a stop; *on cancel* the run goes on from its last checkpoint."""
+        try:
+            if self._p.config.eval.at_start and not self._p.state.evals:
+                await self._evaluate(gates=True)
+            batch = await self._take()
+            while batch is not None:
+                batch = await self._one_step(batch)
+            if self.finished and self._p.config.eval.at_end:
+                await self._final_evaluation()
+        finally:
+            if self._evaluating is not None:
+                self._evaluating.cancel()
+                await asyncio.gather(self._evaluating, return_exceptions=True)
+        await self.checkpoint()
+
+    async def _one_step(self, batch: TakenBatch) -> TakenBatch | None:
+        """Trains one batch and returns the next; None at the end."""
+        p = self._p
+        if p.control.paused:
+            p.state.switch(Activity.PAUSE)
+            await p.control.wait_until_running()
+        p.state.switch(Activity.TRAIN)
+        hit("step.before")
+        result = await asyncio.to_thread(p.trainer.step, batch.groups)
+        step = p.state.step + 1
+        if not result.applied:
+            await self._skip(batch, step)
+            return await self._take()
+        self._nonfinite = 0
+        await p.plane.mark_trained(batch, step)
+        hit("step.after_mark_trained")
+        p.state.step = step
+        p.state.mismatch.update(result.mismatch)
+        weights = await asyncio.to_thread(p.policy.wire_weights)
+        next_batch = await self._publish_and_take(step, weights, result.metrics)
+        if self._due(p.config.checkpoint.every_steps):
+            await self.checkpoint()
+        if self._due(p.config.eval.every_steps) and not self.finished:
+            self._evaluate_beside()
+        return next_batch
+
+    async def _publish_and_take(self, step: int, weights: Weights, metrics: dict[str, float]) -> TakenBatch | None:
+        """The next batch is for a step from `step`, so its staleness is exact although that version is not out yet."""
+        self._p.state.switch(Activity.PUBLISH)
+        if self._p.config.staleness.max_staleness == 0:
+            await self._publish(step, weights, metrics)
+            return await self._take()
+        async with asyncio.TaskGroup() as tasks:
+            publishing = tasks.create_task(self._publish(step, weights, metrics))
+            taking = tasks.create_task(self._take(beside=publishing))
+        return taking.result()
+
+    async def _publish(self, step: int, weights: Weights, metrics: dict[str, float]) -> None:
+        p = self._p
+        published = await p.publisher.publish(step, weights)
+        await p.plane.advance(step, published.root)
+        if published.update_bytes:
+            p.state.ratios.append(published.delta_ratio)
+        p.state.metrics = {**metrics, **_publish_metrics(published)}
+        p.records.append(Record(step=step, wall_s=p.state.wall_s, metrics=p.state.metrics))
+        if step % max(1, p.config.publish.keep_versions // 4) == 0:
+            await p.planner.collect(p.model_objects)
+
+    async def _take(self, beside: asyncio.Task[None] | None = None) -> TakenBatch | None:
+        """The next batch; None where the run is at its end or was stopped. Time counts as waiting for groups once
+        nothing else goes on."""
+        p = self._p
+        if self.finished or p.control.stopping.is_set():
+            return None
+        if beside is None:
+            p.state.switch(Activity.WAIT_GROUPS)
+        else:
+            beside.add_done_callback(lambda _: p.state.switch(Activity.WAIT_GROUPS))
+        count = p.config.batch.groups_per_step
+        return await unless_set(p.control.stopping, p.plane.take_batch(count, p.state.step))
+
+    async def _skip(self, batch: TakenBatch, step: int) -> None:
+        self._nonfinite += 1
+        _log.error("step_not_finite", step=step, in_a_row=self._nonfinite)
+        await self._p.plane.drop_batch(batch, NONFINITE, step)
+        if self._nonfinite >= _MOST_NONFINITE:
+            raise HeteroRLError(
+                f"{self._nonfinite} steps in a row had a loss or gradient that is not finite: lower optimizer.lr, and "
+                "start again from the last checkpoint"
+            )
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self._p.state.step % every == 0
+
+    async def checkpoint(self) -> None:
+        """Writes the state after the last step, unless it is written."""
+        p = self._p
+        if p.state.step == self._saved_step:
+            return
+        before = p.state.activity
+        p.state.switch(Activity.CHECKPOINT)
+        position = Position(
+            step=p.state.step,
+            version=p.state.step,
+            root=p.publisher.latest.version.root,
+            trainer_steps=p.trainer.steps_taken,
+            data=p.plane.state(p.state.step),
+            counters={"state": p.state.to_json(), "traffic": p.traffic.state()},
+        )
+        path = await asyncio.to_thread(p.checkpoints.write, position, p.policy, p.trainer)
+        self._saved_step = p.state.step
+        _log.info("checkpoint_written", path=path, step=position.step)
+        p.state.switch(before)
+
+    def _evaluate_beside(self) -> None:
+        """Starts a round that training does not wait for; skipped where the last one still goes on."""
+        if self._evaluating is not None and not self._evaluating.done():
+            _log.info("evaluation_skipped", step=self._p.state.step, reason="the last one still goes on")
+            return
+        if self._evaluating is not None:
+            self._evaluating.result()
+        self._evaluating = asyncio.create_task(self._evaluate(gates=False))
+
+    async def _final_evaluation(self) -> None:
+        if self._evaluating is not None:
+            self._p.state.switch(Activity.EVALUATE)
+            await self._evaluating
+        if not (self._p.state.evals and self._p.state.evals[-1].policy_version == self._p.state.step):
+            await self._evaluate(gates=True)
+
+    async def _evaluate(self, *, gates: bool) -> None:
+        """One round, unless there are no held-out prompts. A stop ends it without a result."""
+        p = self._p
+        if not p.eval_prompts or p.control.stopping.is_set():
+            return
+        if gates:
+            p.state.switch(Activity.EVALUATE)
+        opened: EvalRound = await p.plane.evaluate(p.eval_prompts, p.config.eval.samples)
+        try:
+            result = await unless_set(p.control.stopping, opened.result())
+        finally:
+            p.plane.evaluation.cancel(opened)
+        if result is None or math.isnan(result.accuracy):
+            return
+        point = EvalPoint(
+            round=result.round,
+            policy_version=result.policy_version,
+            accuracy=result.accuracy,
+            prompts=result.prompts,
+            wall_s=p.state.wall_s,
+        )
+        p.state.evals.append(point)
+        metrics = {
+            "accuracy": result.accuracy,
+            "eval_round": float(result.round),
+            "eval_prompts": float(result.prompts),
+            "eval_given_up": float(result.given_up),
+            "eval_tokens": float(result.tokens),
+        }
+        p.records.append(Record(step=result.policy_version, wall_s=p.state.wall_s, metrics=metrics))
+        _log.info("evaluated", version=result.policy_version, accuracy=result.accuracy, prompts=result.prompts)
+
+
+def _publish_metrics(published: Published) -> dict[str, float]:
+    return {
+        "publish_s": published.seconds,
+        "update_bytes": float(published.update_bytes),
+        "full_bytes": float(published.full_bytes),
+        "delta_ratio": published.delta_ratio,
+        "changed_share": published.changed_share,
+    }
