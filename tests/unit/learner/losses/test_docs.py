@@ -1,6 +1,8 @@
 """docs/gepo.md says what the code does."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,8 @@ def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     path.write_text(section("Try a loss").split("```json\n")[1].split("```")[0])
     assert main(["loss", "--cases", str(path)]) == 0
     assert "on policy: gepo" in capsys.readouterr().out
+
+
+def test_the_settings_load_without_torch() -> None:
+    code = "import sys, services.learner.loss_cases; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PAGE.parents[1], check=False).returncode == 0

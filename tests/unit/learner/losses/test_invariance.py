@@ -16,7 +16,7 @@ from tests.unit.learner.losses.building import batch_of, cases, evaluate, learne
 from tests.unit.learner.losses.oracle import Case
 
 NAMES = [name.value for name in LossName]
-QUICK = settings(max_examples=40, deadline=None)
+QUICK = settings(max_examples=20, deadline=None)
 
 
 def in_pieces(case: Case, pieces: list[list[int]], extra_columns: int = 0) -> tuple[float, Tensor, dict[str, float]]:

@@ -35,7 +35,7 @@ def test_the_table_and_the_oracle_know_every_loss() -> None:
 @pytest.mark.parametrize("gap", [1e-4, 0.05, 0.3, 3.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loss_equals_the_oracle_in_value_and_gradient(name: str, gap: float) -> None:
-    for seed in range(4):
+    for seed in range(2):
         assert_matches_the_oracle(random_case(name, seed, gap=gap))
 
 

@@ -16,7 +16,7 @@ from tests.unit.learner.losses.building import batch_of, cases, evaluate, learne
 from tests.unit.learner.losses.oracle import Case
 
 NAMES = [name.value for name in LossName]
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=25, deadline=None)
 LOGS = st.lists(st.floats(-5000.0, -1e-6), min_size=2, max_size=8)
 ONE_GROUP = {"rewards": [1.0, 0.0, 1.0, 0.0], "groups": [0, 0, 0, 0]}
 
@@ -86,18 +86,12 @@ def test_the_gradient_is_zero_exactly_where_the_clip_acts(case: Case) -> None:
 
 @QUICK
 @given(cases(NAMES))
-def test_the_gradient_never_pushes_against_the_advantage(case: Case) -> None:
-    _, gradient_BT = evaluate(case)
-    advantage_B1 = prepare(batch_of(case), settings_of(case)).advantage_B[:, None]
-    assert bool((gradient_BT * advantage_B1 <= 0.0).all())
-
-
-@QUICK
-@given(cases(NAMES))
-def test_finite_rows_give_a_finite_loss_and_gradient(case: Case) -> None:
+def test_the_gradient_is_finite_and_never_pushes_against_the_advantage(case: Case) -> None:
     output, gradient_BT = evaluate(case)
     assert bool(torch.isfinite(output.loss))
     assert bool(torch.isfinite(gradient_BT).all())
+    advantage_B1 = prepare(batch_of(case), settings_of(case)).advantage_B[:, None]
+    assert bool((gradient_BT * advantage_B1 <= 0.0).all())
 
 
 def test_gmpo_clips_one_side_only() -> None:
