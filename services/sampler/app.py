@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 
@@ -48,6 +49,7 @@ _log = get_logger("sampler")
 _DRAIN_GROUPS_S = 60.0
 _DRAIN_SPOOL_S = 30.0
 _CACHE_BYTES = 256 << 20
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,12 +135,14 @@ class _Sampler:
         )
         if not await self._unless_drained(session.register()):
             return
+        news = asyncio.Event()
         follower = Follower(
             weights=self._weights,
             cache=self._cache,
             tally=self._tally,
             run_id=session.session.run_id,
             public_key=session.settings.manifest_public_key,
+            news=news,
         )
         heartbeat = Heartbeat(
             control=self._control,
@@ -148,6 +152,7 @@ class _Sampler:
             tally=self._tally,
             engine=self._engine,
             drain=lambda: self._process.request_drain("asked for by the learner"),
+            news=news,
         )
         stack.push_async_callback(self._engine.close)
         self._spawn(heartbeat.run())
@@ -171,7 +176,9 @@ class _Sampler:
         await self._process.drain.wait()
         await health.set_serving(False)
         heartbeat.draining = True
+        news.set()
         await self._wind_down(rollout, spool)
+        await heartbeat.beat()  # a learner that ends its run waits to hear that nothing is left here
 
     async def _reward_client(self) -> RewardClient:
         """Connected to the configured reward service, or to one that is started here."""
@@ -241,7 +248,7 @@ class _Sampler:
             await _end(drain)
 
 
-async def _end(task: "asyncio.Future[None] | asyncio.Future[bool] | asyncio.Task[None]") -> None:
+async def _end(task: asyncio.Future[_T]) -> None:
     """Cancels and waits; the task's own failure is its group's to tell."""
     task.cancel()
     await asyncio.wait((task,))

@@ -55,7 +55,8 @@ class HeldPolicy:
 
 
 class Follower:
-    """`run_id` and `public_key` (empty: manifests are unsigned) come from the registration."""
+    """`run_id` and `public_key` (empty: manifests are unsigned) come from the registration. `news` is set when a
+    version was loaded."""
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class Follower:
         tally: Tally,
         run_id: str,
         public_key: bytes,
+        news: asyncio.Event,
         decode_workers: int = 1,
         backoff: Backoff | None = None,
     ) -> None:
@@ -73,6 +75,7 @@ class Follower:
         self._tally = tally
         self._run_id = run_id
         self._public_key = public_key
+        self._news = news
         self._decode_workers = decode_workers
         self._backoff = backoff or Backoff()
         self._held: HeldPolicy | None = None
@@ -271,6 +274,7 @@ class Follower:
         async with self._loaded:
             self.version, self.root = held.version, held.root
             self._loaded.notify_all()
+        self._news.set()
         self._tally.versions += 1
         _log.info(
             "version_loaded",

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 from heterorl.v1 import control_pb2
 from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
@@ -23,7 +24,7 @@ _JITTER = 0.2
 
 
 class Heartbeat:
-    """`drain` is called when the learner asks for it."""
+    """`drain` is called when the learner asks for it. Setting `news` sends the next report at once."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Heartbeat:
         tally: Tally,
         engine: Engine,
         drain: Callable[[], None],
+        news: asyncio.Event,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._control = control
@@ -44,6 +46,7 @@ class Heartbeat:
         self._tally = tally
         self._engine = engine
         self._drain = drain
+        self._news = news
         self._draw = draw
         self._answered = True
         self.rollout: Rollout | None = None
@@ -51,12 +54,16 @@ class Heartbeat:
         self.draining = False
 
     async def run(self) -> None:
-        """For ever, every interval ± 20 %. Raises FencedError, RefusedError, ConfigError from the learner, and
-        UnavailableError after connect.give_up_s of silence."""
+        """For ever, every interval ± 20 %, and when there is news.
+
+        Raises FencedError, RefusedError, ConfigError from the learner, UnavailableError after connect.give_up_s."""
         while True:
             await self.beat()
             interval_s = self._session.heartbeat_interval_s
-            await asyncio.sleep(interval_s * (1 + _JITTER * (2 * self._draw() - 1)))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval_s * (1 + _JITTER * (2 * self._draw() - 1))):
+                    await self._news.wait()
+            self._news.clear()
 
     async def beat(self) -> None:
         """One report, and its directives carried out. A learner that does not answer is logged once, and waited for."""

@@ -4,8 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from services.wire.server import bind_unix, build_server
 
@@ -13,7 +12,7 @@ from services.wire.server import bind_unix, build_server
 class Health:
     """What the service answers."""
 
-    def __init__(self, servicer: "health_aio.HealthServicer") -> None:
+    def __init__(self, servicer: health.aio.HealthServicer) -> None:
         self._servicer = servicer
 
     async def set_serving(self, serving: bool) -> None:
@@ -25,13 +24,13 @@ class Health:
 async def serve_health(path: Path) -> AsyncGenerator[Health]:
     """Serves NOT_SERVING until told otherwise. Raises UnavailableError when the socket cannot be bound."""
     server = build_server("reward", ())
-    servicer = health_aio.HealthServicer()
+    servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     bind_unix(server, path)
-    health = Health(servicer)
-    await health.set_serving(False)
+    told = Health(servicer)
+    await told.set_serving(False)
     await server.start()
     try:
-        yield health
+        yield told
     finally:
         await server.stop(0)

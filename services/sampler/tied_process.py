@@ -1,5 +1,5 @@
-"""`python -m services.sampler.tied_process PARENT_PID VERB …`: the heterorl command, ended by the kernel when its parent
-ends, however it ends. Grader processes must not outlive the sampler that started them."""
+"""`python -m services.sampler.tied_process PARENT_PID VERB …`: the heterorl command, ended by the kernel when its
+parent ends, however it ends. Grader processes must not outlive the sampler that started them."""
 
 import ctypes
 import os

@@ -86,5 +86,5 @@ async def test_a_directory_without_tokenizer_or_config_is_named(tmp_path: Path, 
 
 
 def test_a_device_that_is_not_there_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="engine.device"):
+    with pytest.raises(ConfigError, match=r"engine\.device"):
         TransformersEngine(device="cuda:99")

@@ -1,0 +1,116 @@
+import sqlite3
+import uuid
+from pathlib import Path
+
+import pytest
+
+from services.runtime import failpoints
+from services.sampler.spool import Spool
+from services.sampler.spool_file import uuid7
+
+
+async def test_seqs_rise_from_one_without_gaps_and_never_come_again(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    assert [await spool.append(b"group") for _ in range(3)] == [1, 2, 3]
+    await spool.delete_through(3)
+    assert (spool.groups, spool.bytes, spool.first_seq) == (0, 0, 0)
+    await spool.close()
+    again = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    assert await again.append(b"next") == 4
+    await again.close()
+
+
+async def test_reading_returns_whole_groups_within_the_byte_bound_but_one_at_least(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    for size in (100, 100, 500):
+        await spool.append(b"x" * size)
+    assert [e.seq for e in await spool.read_from(1, 250)] == [1, 2]
+    assert [e.seq for e in await spool.read_from(3, 10)] == [3]
+    assert await spool.read_from(4, 10) == []
+    await spool.close()
+
+
+async def test_leasing_stops_at_80_percent_and_generating_at_100(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1000)
+    seen: list[tuple[bool, bool]] = []
+    for _ in range(10):
+        await spool.append(b"x" * 100)
+        seen.append((spool.leasing_room.is_set(), spool.room.is_set()))
+    assert seen == [(True, True)] * 7 + [(False, True)] * 2 + [(False, False)]
+    await spool.delete_through(5)
+    assert spool.room.is_set()
+    assert spool.leasing_room.is_set()
+    await spool.close()
+
+
+async def test_the_spool_of_another_run_is_set_aside_and_kept(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    await spool.bind("first")
+    await spool.append(b"of the first run")
+    old_id = spool.spool_id
+    await spool.bind("first")
+    assert (spool.spool_id, spool.groups) == (old_id, 1)
+    await spool.bind("second")
+    assert spool.spool_id != old_id
+    assert spool.groups == 0
+    assert await spool.append(b"of the second run") == 1
+    await spool.close()
+    kept = next(tmp_path.glob("spool.run-first.*.db"))
+    with sqlite3.connect(kept) as database:
+        assert database.execute("SELECT payload FROM groups").fetchall() == [(b"of the first run",)]
+    database.close()
+
+
+async def test_a_damaged_file_is_set_aside_and_a_new_one_begun(tmp_path: Path) -> None:
+    (tmp_path / "spool.db").write_bytes(b"this is not a database" * 100)
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    assert await spool.append(b"group") == 1
+    await spool.close()
+    assert next(tmp_path.glob("spool.damaged.*.db")).read_bytes().startswith(b"this is not")
+
+
+async def test_renumbering_starts_a_new_spool_id_at_one_and_keeps_the_groups(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    for index in range(6):
+        await spool.append(b"%d" % index)
+    await spool.delete_through(3)
+    before = await spool.read_from(1, 1 << 20)
+    old_id = spool.spool_id
+    await spool.renumber()
+    after = await spool.read_from(1, 1 << 20)
+    assert spool.spool_id != old_id
+    assert [e.seq for e in after] == [1, 2, 3]
+    assert [(e.group_id, e.payload) for e in after] == [(e.group_id, e.payload) for e in before]
+    assert await spool.append(b"next") == 4
+    await spool.close()
+
+
+async def test_a_full_disk_stops_generating_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sampler.spool._RETRY_S", 0.01)
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    rooms: list[bool] = []
+    wait = spool._wait_for_disk
+
+    async def watched(error: Exception) -> None:
+        await wait(error)
+        rooms.append(spool.room.is_set())
+
+    monkeypatch.setattr(spool, "_wait_for_disk", watched)
+    failpoints.arm("spool.before_commit=2*error(StorageError)->off")
+    try:
+        assert await spool.append(b"group") == 1
+    finally:
+        failpoints.arm("")
+    assert rooms == [False, False]
+    assert spool.room.is_set()
+    assert [e.payload for e in await spool.read_from(1, 100)] == [b"group"]
+    await spool.close()
+
+
+def test_group_ids_are_uuids_of_version_7_in_the_order_of_time() -> None:
+    ids = [uuid7(ms, bytes(10)) for ms in (1, 1_700_000_000_000, 1_700_000_000_001)]
+    assert ids == sorted(ids)
+    parsed = uuid.UUID(uuid7(1_700_000_000_000, b"\xff" * 10))
+    assert parsed.version == 7
+    assert parsed.variant == uuid.RFC_4122
+    assert parsed.int >> 80 == 1_700_000_000_000
