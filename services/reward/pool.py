@@ -24,6 +24,9 @@ from services.reward.worker_handle import Fault, FaultKind, Nursery, WorkerHandl
 from services.runtime.errors import EngineError, ScoreError
 
 CHUNK_MAX = 8
+TRIES = 2
+# A worker that dies with its nursery says nothing about the completion that it held.
+NURSERY_TRIES = 5
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,6 +83,11 @@ class Pool:
             await self._nursery.close()
 
     @property
+    def workers(self) -> int:
+        """Grader processes."""
+        return self._workers
+
+    @property
     def nursery_pid(self) -> int | None:
         """Process that forks the workers; None before the pool is opened."""
         return None if self._nursery is None else self._nursery.pid
@@ -123,24 +131,26 @@ class Pool:
 
     async def _score_chunk(self, job: "_Job", chunk: Sequence[int]) -> None:
         """Consumes idle workers, waits for replies, produces `job.scores` of `chunk`; on cancel replaces its worker."""
-        position = failures = 0
+        position = failures = nurseries = 0
         started = asyncio.get_running_loop().time()
         while position < len(chunk) and job.unusable is None:
             done, fault = await self._run(job, chunk[position:])
             position += done
-            failures = 0 if done else failures
+            if done:
+                failures = nurseries = 0
             if fault is None:
                 continue
             now = asyncio.get_running_loop().time()
             seconds, started = now - started, now
+            failures += fault.kind is not FaultKind.NURSERY
+            nurseries += fault.kind is FaultKind.NURSERY
             if fault.kind is FaultKind.ANSWER:
                 job.scores[chunk[position]] = _no_score(Status.ANSWER_TIMEOUT, fault.reason, seconds)
-            elif failures:
+            elif failures >= TRIES or nurseries >= NURSERY_TRIES:
                 job.scores[chunk[position]] = _no_score(Status.INFRASTRUCTURE_FAILURE, fault.reason, seconds)
             else:
-                failures += 1
                 continue
-            position, failures = position + 1, 0
+            position, failures, nurseries = position + 1, 0, 0
 
     async def _run(self, job: "_Job", chunk: Sequence[int]) -> tuple[int, Fault | None]:
         """Grades `chunk` in one worker until a fault; how many it scored, and the fault of the next one."""

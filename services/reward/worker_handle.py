@@ -27,6 +27,7 @@ class FaultKind(StrEnum):
 
     ANSWER = "answer"
     GRADER = "grader"
+    NURSERY = "nursery"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +110,7 @@ class WorkerHandle:
     async def _died(self, cpu_s: float) -> Fault:
         ended = await self._wait_ended()
         if ended is None:
-            return Fault(kind=FaultKind.GRADER, reason="the worker and its nursery died")
+            return Fault(kind=FaultKind.NURSERY, reason="the worker and its nursery died")
         if ended.signal == signal.SIGPROF:
             return Fault(kind=FaultKind.ANSWER, reason=f"over the limit of {cpu_s:g} CPU seconds")
         if ended.code == nursery.EXIT_MEMORY:
