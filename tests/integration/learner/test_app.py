@@ -1,0 +1,101 @@
+"""The learner's process, end to end, with samplers that follow a script."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import torch
+from services.learner.app import ADDRESS_NAME
+from tests.support.learner_in_process import running_learner, small_config
+from tests.support.scripted_sampler import dial
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def first_digit(answer: str, text: str) -> float:
+    """Dense enough for a random policy to learn from: how the completion begins."""
+    return float(text[:1] == answer[:1]) + 0.25 * float(text[:1].isdigit())
+
+
+async def test_a_run_trains_publishes_and_ends_with_every_group_accounted_for(tmp_path: Path, policy_dir: Path) -> None:
+    config = small_config(tmp_path, policy_dir)
+    async with running_learner(config) as learner:
+        sampler = await dial(learner.address, "eu-1", tmp_path / "sampler", first_digit)
+        await sampler.work()
+        await learner.ended
+        await sampler.close()
+    summary = json.loads((config.run.state_dir / "summary.json").read_text())
+    assert summary["steps"] == summary["final_version"] == 3
+    assert summary["groups_trained"] == 6
+    assert summary["staleness_max"] <= 2
+    left = summary["groups_acknowledged"] - summary["groups_trained"] - sum(summary["groups_dropped"].values())
+    assert left >= 0
+    assert summary["samplers"][0]["root"] == summary["final_root"] == sampler.root
+    assert summary["samplers"][0]["bytes_received"] == sampler.bytes_received
+    lines = [json.loads(line) for line in (config.run.state_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert {"loss", "grad_norm", "reward_mean", "weight_var", "delta_ratio"} <= lines[0].keys()
+
+
+async def test_the_exported_policy_has_the_final_versions_bits(tmp_path: Path, policy_dir: Path) -> None:
+    config = small_config(tmp_path, policy_dir, run={"id": "test", "state_dir": tmp_path / "state", "steps": 1})
+    async with running_learner(config) as learner:
+        sampler = await dial(learner.address, "eu-1", tmp_path / "sampler", first_digit)
+        await sampler.work()
+        await learner.ended
+        await sampler.close()
+    directory = config.run.state_dir / "policy"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.dtype is torch.bfloat16
+    assert AutoTokenizer.from_pretrained(directory).chat_template
+    exported = model.get_input_embeddings().weight.view(torch.int16).flatten()
+    bits = torch.from_numpy(sampler.weights["model.embed_tokens.weight"].bits.view("int16"))
+    assert torch.equal(exported, bits)
+    assert "HeteroRL" in (directory / "README.md").read_text()
+
+
+async def test_a_signal_ends_it_with_a_checkpoint_and_the_next_start_goes_on(tmp_path: Path, policy_dir: Path) -> None:
+    config = small_config(tmp_path, policy_dir)
+    async with running_learner(config) as learner:
+        sampler = await dial(learner.address, "eu-1", tmp_path / "a", first_digit)
+        await sampler.follow()
+        groups = [sampler.generate(lease) for lease in await sampler.lease(2)]
+        await sampler.submit(groups)
+        while sampler.version < 1:
+            await sampler.follow()
+        learner.process.request_drain("SIGTERM")
+        await learner.ended
+        await sampler.close()
+    root = sampler.root
+    first = json.loads((config.run.state_dir / "summary.json").read_text())
+    assert first["steps"] == 1
+    async with running_learner(config) as learner:
+        sampler = await dial(learner.address, "eu-1", tmp_path / "b", first_digit)
+        plan = await sampler.follow()
+        assert (plan.target.decoded.version, plan.target.decoded.root) == (1, root)
+        assert plan.target.decoded.learner_epoch == 2
+        await sampler.work()
+        await learner.ended
+        await sampler.close()
+    second = json.loads((config.run.state_dir / "summary.json").read_text())
+    assert second["steps"] == 3
+    assert second["groups_trained"] == 6
+    steps = [json.loads(line)["step"] for line in (config.run.state_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+async def test_evaluation_gates_the_first_step_and_closes_the_run(tmp_path: Path, policy_dir: Path) -> None:
+    config = small_config(
+        tmp_path,
+        policy_dir,
+        run={"id": "test", "state_dir": tmp_path / "state", "steps": 2},
+        data={"train": tmp_path / "train.jsonl", "eval": tmp_path / "train.jsonl"},
+        eval={"at_start": True, "at_end": True, "prompts": 3, "temperature": 0.0},
+    )
+    async with running_learner(config) as learner:
+        sampler = await dial(learner.address, "eu-1", tmp_path / "sampler", first_digit)
+        await asyncio.gather(sampler.work(), learner.ended)
+        await sampler.close()
+    summary = json.loads((config.run.state_dir / "summary.json").read_text())
+    assert 0 <= summary["accuracy_start"] <= 1.25
+    assert 0 <= summary["accuracy_end"] <= 1.25
+    assert (config.run.state_dir / ADDRESS_NAME).exists()
