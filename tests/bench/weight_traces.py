@@ -1,36 +1,37 @@
 """Weights as training leaves them: bf16 snapshots of a Qwen3-shaped model under AdamW on fp32 masters.
 
-The loss is a policy gradient on random tokens with random advantages: gradients with the noise of reinforcement learning,
-in which most weights move less than a bf16 rounding step. The first steps, in which Adam's averages are still cold and
-every weight moves by the learning rate, are not recorded.
+The loss is a policy gradient on random tokens with random advantages: gradients with the noise of reinforcement
+learning, in which most weights move less than a bf16 rounding step. Adam's averages are filled first, with learning
+rate 0, so that no step is one of the cold ones in which every weight moves by the whole learning rate. Every learning
+rate starts from that same state and sees the same batches.
+
+    python -m tests.bench.weight_traces DIR        (about 2 GB of RAM and 10 GB of disk; minutes)
 """
 
+import copy
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from services.wire.delta import BitTensor
+from services.wire.delta import BitTensor, write_weights
 from services.wire.torch_bits import to_bits
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceConfig:
-    """`steps` recorded optimizer steps after `warm_up_steps`; a batch is rows × tokens."""
-
-    lr: float
-    steps: int = 64
-    warm_up_steps: int = 10
-    rows: int = 4
-    tokens: int = 32
-    seed: int = 0
+LEARNING_RATES = (1e-6, 5e-6, 1e-5)
+GAPS = (1, 4, 16, 64)
+KEPT_STEPS = (*range(17), 64)
+WARM_UP_STEPS = 40
+ROWS = 4
+TOKENS = 32
+VOCABULARY = 8192
 
 
 def model_config() -> Qwen3Config:
     """83.9M parameters in the shapes of Qwen3: grouped-query attention, q and k norms, gated MLP, tied embeddings."""
     return Qwen3Config(
-        vocab_size=8192,
+        vocab_size=VOCABULARY,
         hidden_size=640,
         intermediate_size=1920,
         num_hidden_layers=16,
@@ -42,21 +43,64 @@ def model_config() -> Qwen3Config:
     )
 
 
-def trace(config: TraceConfig) -> Iterator[tuple[int, dict[str, BitTensor]]]:
-    """(step, bf16 weights) for step 0 to `config.steps`."""
-    torch.manual_seed(config.seed)
-    model = Qwen3ForCausalLM(model_config()).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    for step in range(-config.warm_up_steps, config.steps + 1):
-        if step >= 0:
-            yield step, to_bits(model.state_dict())
-        tokens_BT = torch.randint(0, 8192, (config.rows, config.tokens), generator=generator)
-        advantage_B = torch.randn(config.rows, generator=generator)
-        logits_BTV = model(input_ids=tokens_BT).logits[:, :-1]
+class Training:
+    """A model, its optimizer and its stream of batches."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = Qwen3ForCausalLM(model_config()).float()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+        )
+        self.generator = torch.Generator().manual_seed(seed + 1)
+
+    def step(self) -> None:
+        tokens_BT = torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=self.generator)
+        advantage_B = torch.randn(ROWS, generator=self.generator)
+        logits_BTV = self.model(input_ids=tokens_BT).logits[:, :-1]
         picked_BT = torch.log_softmax(logits_BTV, -1).gather(-1, tokens_BT[:, 1:, None]).squeeze(-1)
         loss = -(advantage_B[:, None] * picked_BT).mean()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def traces() -> Iterator[tuple[float, int, dict[str, BitTensor]]]:
+    """(learning rate, step, bf16 weights) for the kept steps of every learning rate."""
+    training = Training()
+    for _ in range(WARM_UP_STEPS):
+        training.step()
+    start = copy.deepcopy((training.model.state_dict(), training.optimizer.state_dict()))
+    batches = training.generator.get_state()
+    for lr in LEARNING_RATES:
+        training.model.load_state_dict(start[0])
+        training.optimizer.load_state_dict(copy.deepcopy(start[1]))
+        training.generator.set_state(batches)
+        for group in training.optimizer.param_groups:
+            group["lr"] = lr
+        for step in range(max(KEPT_STEPS) + 1):
+            if step:
+                training.step()
+            if step in KEPT_STEPS:
+                yield lr, step, to_bits(training.model.state_dict())
+
+
+def snapshot_path(folder: Path, lr: float, step: int) -> Path:
+    return folder / f"{lr:.0e}-{step:02d}.safetensors"
+
+
+def make_traces(folder: Path) -> None:
+    """Writes the snapshots that are not there yet. A folder that has all of them is left as it is."""
+    wanted = [snapshot_path(folder, lr, step) for lr in LEARNING_RATES for step in KEPT_STEPS]
+    if all(path.is_file() for path in wanted):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for lr, step, weights in traces():
+        write_weights(weights, snapshot_path(folder, lr, step))
+        print(f"lr {lr:.0e} step {step}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    make_traces(Path(sys.argv[1]))

@@ -1,7 +1,7 @@
 """Weights as bit-exact deltas: whole policies, what changed between two of them, and their files (docs/weights.md)."""
 
-from services.wire.delta.codec import Codec
-from services.wire.delta.decode import WrongBaseError, apply_update, inspect
+from services.wire.delta.codec import Codec, WrongBaseError
+from services.wire.delta.decode import apply_update, inspect
 from services.wire.delta.encode import encode_delta, encode_keyframe, iter_encode
 from services.wire.delta.files import read_weights, write_weights
 from services.wire.delta.fold import fold, iter_fold

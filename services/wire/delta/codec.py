@@ -4,20 +4,23 @@ payload = u8 encoding, then the encoding's streams.  A chunk without changes has
 """
 
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 
 import numpy as np
 
-from services.runtime.errors import CorruptObjectError
-from services.wire.delta.dense import pack_split, read_split, split_of_changes
+from services.runtime.errors import InvalidWeightsError
+from services.wire.delta.density import SPLIT_FROM_DENSITY, Encoding, Split, encode_changes, read_encoded
+from services.wire.delta.exponents import EXPONENT_SHIFT, pack_by_exponent, read_by_exponent
 from services.wire.delta.layout import Chunk, gather, views_of
-from services.wire.delta.sparse import Changes, pack_changes, read_changes, scan
+from services.wire.delta.sparse import Changes, scan
 from services.wire.delta.streams import StreamReader, pack_planes, read_planes
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, Weights
 
-SPLIT_FROM_DENSITY = 0.12
-SPARSE_TO_DENSITY = 0.45
 WHOLE_FROM_DENSITY = 0.60
+
+
+class WrongBaseError(InvalidWeightsError):
+    """The update is sound, but made from other weights than the base: ask for a new plan."""
 
 
 class Codec(StrEnum):
@@ -26,15 +29,6 @@ class Codec(StrEnum):
     KEYFRAME = "keyframe"
     SX = "sx"
     XC = "xc"
-
-
-class Encoding(IntEnum):
-    """What a chunk's payload is. The numbers are on the wire."""
-
-    WHOLE = 1
-    SPLIT = 2
-    SX = 3
-    XC = 4
 
 
 def encode_whole(weights: Weights, chunk: Chunk) -> bytes:
@@ -55,27 +49,14 @@ def encode_change(base: Weights, new: Weights, chunk: Chunk, codec: Codec) -> tu
         return b"", 0
     density = changed / changes.count
     candidates: list[bytes] = []
-    if density <= SPARSE_TO_DENSITY:
-        candidates.append(bytes((Encoding.SX,)) + pack_changes(changes))
-    if density >= SPLIT_FROM_DENSITY:
-        candidates.append(bytes((Encoding.SPLIT,)) + pack_split(gather(base, chunk), gather(new, chunk)))
+    conditioned = codec is Codec.XC and chunk.dtype in EXPONENT_SHIFT
+    if conditioned:
+        candidates.append(bytes((Encoding.XC,)) + pack_by_exponent(gather(base, chunk), changes, chunk.dtype))
+    if not conditioned or density >= SPLIT_FROM_DENSITY:
+        candidates.append(encode_changes(changes))
     if density >= WHOLE_FROM_DENSITY:
         candidates.append(encode_whole(new, chunk))
     return min(candidates, key=len), changed
-
-
-def encode_differences(differences: Changes) -> bytes:
-    """The payload of known differences, for folding: sparse or split, whichever is smaller."""
-    if differences.positions.size == 0:
-        return b""
-    density = differences.positions.size / differences.count
-    candidates: list[bytes] = []
-    if density <= SPARSE_TO_DENSITY:
-        candidates.append(bytes((Encoding.SX,)) + pack_changes(differences))
-    if density >= SPLIT_FROM_DENSITY:
-        dense = split_of_changes(differences)
-        candidates.append(bytes((Encoding.SPLIT,)) + pack_split(np.zeros_like(dense), dense))
-    return min(candidates, key=len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,13 +64,6 @@ class Whole:
     """A chunk's new values."""
 
     values: Bits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Split:
-    """new - base of every element of a chunk."""
-
-    differences: Bits
 
 
 def decode_chunk(payload: memoryview, chunk: Chunk, base: Weights | None) -> Whole | Split | Changes:
@@ -100,14 +74,12 @@ def decode_chunk(payload: memoryview, chunk: Chunk, base: Weights | None) -> Who
     decoded: Whole | Split | Changes
     if encoding == Encoding.WHOLE:
         decoded = Whole(values=read_planes(reader, chunk.count, dtype))
-    elif encoding == Encoding.SPLIT:
-        decoded = Split(differences=read_split(reader, chunk.count, dtype))
-    elif encoding == Encoding.SX:
-        decoded = read_changes(reader, chunk.count, dtype)
+    elif encoding == Encoding.XC:
+        if base is None:
+            raise WrongBaseError("an xc delta can only be read together with the version that it was made from")
+        decoded = read_by_exponent(reader, gather(base, chunk), chunk.dtype)
     else:
-        raise CorruptObjectError(
-            f"a chunk has the unknown encoding {encoding}: this build is too old, or it is damaged"
-        )
+        decoded = read_encoded(encoding, reader, chunk.count, dtype)
     reader.end()
     return decoded
 
@@ -120,7 +92,7 @@ def write_chunk(decoded: Whole | Split | Changes | None, chunk: Chunk, base: Wei
         if isinstance(decoded, Whole):
             target[:] = decoded.values[offset:stop]
         elif base is None:
-            raise CorruptObjectError("this update changes an earlier version: give the version that it was made from")
+            raise WrongBaseError("this update changes an earlier version: give the version that it was made from")
         else:
             source = base[segment.name].bits[segment.start : segment.start + segment.count]
             if isinstance(decoded, Split):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from services.runtime.errors import CorruptObjectError, InvalidWeightsError
-from services.wire.delta.codec import decode_chunk, write_chunk
+from services.runtime.errors import CorruptObjectError
+from services.wire.delta.codec import WrongBaseError, decode_chunk, write_chunk
 from services.wire.delta.layout import Chunk, Segment
 from services.wire.delta.part import Part, load_part, parse_part
 from services.wire.delta.tensors import (
@@ -30,10 +30,6 @@ from services.wire.delta.update import UpdateInfo, UpdateKind, merge_infos
 from services.wire.delta.validate import check_same_forms
 
 Source = bytes | Path
-
-
-class WrongBaseError(InvalidWeightsError):
-    """The update is sound, but made from other weights than the base: ask for a new plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +71,23 @@ def apply_update(
         )
         for form in whole.forms
     }
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        for part in load_parts(parts):
-            jobs = [pool.submit(_decode_into, part, chunk, base, out) for chunk in part.layout.chunks]
-            for job in jobs:
-                job.result()
-        found = digests_of(out, pool)
-    damaged = [name for name, digest in found.items() if digest != whole.digests[name]]
-    if damaged:
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+            for part in load_parts(parts):
+                jobs = [pool.submit(_decode_into, part, chunk, base, out) for chunk in part.layout.chunks]
+                for job in jobs:
+                    job.result()
+            found = digests_of(out, pool)
+        damaged = [name for name, digest in found.items() if digest != whole.digests[name]]
+        if damaged:
+            raise CorruptObjectError(f"{damaged[0]} does not have its digest after the update: fetch a keyframe")
+    except CorruptObjectError as error:
+        # Only now is the base hashed: a sound base costs nothing, and a wrong one explains every other error.
         if base is not None and root_of(base, workers) != info.base_root:
             raise WrongBaseError(
                 f"the base is not version {info.base_version} of this run: ask for an update from what is really there"
-            )
-        raise CorruptObjectError(f"{damaged[0]} does not have its digest after the update: fetch a keyframe")
+            ) from error
+        raise
     return out
 
 

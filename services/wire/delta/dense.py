@@ -11,11 +11,11 @@ from services.wire.delta.streams import StreamReader, pack_planes, read_planes
 from services.wire.delta.tensors import Bits
 
 
-def pack_split(base: Bits, new: Bits) -> bytes:
-    """The SPLIT payload of new - base."""
-    signed = (new - base).view(SIGNED[base.dtype.itemsize])
-    folded = (signed << 1) ^ (signed >> (8 * base.dtype.itemsize - 1))
-    return pack_planes(folded.view(base.dtype))
+def pack_split(differences: Bits) -> bytes:
+    """The SPLIT payload of new - base, modulo 2^bits."""
+    signed = differences.view(SIGNED[differences.dtype.itemsize])
+    folded = (signed << 1) ^ (signed >> (8 * differences.dtype.itemsize - 1))
+    return pack_planes(folded.view(differences.dtype))
 
 
 def read_split(reader: StreamReader, count: int, dtype: "np.dtype[np.unsignedinteger]") -> Bits:

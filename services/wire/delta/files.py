@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
@@ -32,6 +33,10 @@ def read_weights(path: str | Path, *, mapped: bool = False) -> dict[str, BitTens
             if name in weights:
                 raise CorruptObjectError(f"{name} is in two files of {path}")
             weights[name] = tensor
+    index = Path(path) / INDEX_NAME
+    for name in _weight_map(index) if index.is_file() else ():
+        if name not in weights:
+            raise CorruptObjectError(f"{name} is in the index of {path}, and in none of its files")
     return weights
 
 
@@ -46,6 +51,14 @@ def weight_files(path: Path) -> list[Path]:
     if (path / SINGLE_NAME).is_file():
         return [path / SINGLE_NAME]
     raise InputMissingError(f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}: is it a Hugging Face model directory?")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file. Raises CorruptObjectError, InputMissingError or StorageError."""
+    with _told(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = header_bytes(file.read(HEADER_LENGTH.size), size)
+        return parse_header(file.read(length), size).metadata
 
 
 def write_weights(weights: Weights, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -95,6 +108,16 @@ def _blocks(head: bytes, tensors: Iterable[BitTensor]) -> Iterator[bytes | memor
 
 
 def _indexed_names(index: Path) -> list[str]:
+    """The files that an index names: only names beside it, never a path elsewhere."""
+    names: set[str] = set()
+    for name in _weight_map(index).values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX) or "\0" in name:
+            raise BadInputError(f"{index} names {ascii(name)[:80]}, which is not a .safetensors file beside it")
+        names.add(name)
+    return sorted(names)
+
+
+def _weight_map(index: Path) -> dict[str, object]:
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise BadInputError(f"{index} is too large for an index of weight files")
@@ -108,26 +131,26 @@ def _indexed_names(index: Path) -> list[str]:
     mapping = cast("dict[str, object]", document).get("weight_map") if isinstance(document, dict) else None
     if not isinstance(mapping, dict) or not mapping:
         raise BadInputError(f"{index} has no weight_map from tensor names to files")
-    names: set[str] = set()
-    for name in cast("dict[str, object]", mapping).values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX) or "\0" in name:
-            raise BadInputError(f"{index} names {ascii(name)[:80]}, which is not a .safetensors file beside it")
-        names.add(name)
-    return sorted(names)
+    return cast("dict[str, object]", mapping)
 
 
 def _read_file(path: Path, mapped: bool) -> Iterator[tuple[str, BitTensor]]:
+    load = _map if mapped else _read
+    with _told(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = header_bytes(file.read(HEADER_LENGTH.size), size)
+        header = parse_header(file.read(length), size)
+        for name, entry in header.entries.items():
+            form = check_form(name, entry.dtype, entry.shape)
+            bits = load(file, entry.start, form.elements, np.dtype(BITS_TYPE[ITEM_BYTES[entry.dtype]]))
+            yield name, BitTensor(dtype=form.dtype, shape=form.shape, bits=bits)
+
+
+@contextmanager
+def _told(path: Path) -> Generator[None]:
+    """Errors of one file as errors of ours, with its name."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = header_bytes(file.read(HEADER_LENGTH.size), size)
-            header = parse_header(file.read(length), size)
-            for name, entry in header.entries.items():
-                form = check_form(name, entry.dtype, entry.shape)
-                dtype = np.dtype(BITS_TYPE[ITEM_BYTES[entry.dtype]])
-                load = _map if mapped else _read
-                bits = load(file, entry.start, form.elements, dtype)
-                yield name, BitTensor(dtype=form.dtype, shape=form.shape, bits=bits)
+        yield
     except FileNotFoundError as error:
         raise InputMissingError(f"there is no file {path}") from error
     except CorruptObjectError as error:

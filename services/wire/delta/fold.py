@@ -10,22 +10,13 @@ from itertools import pairwise
 import numpy as np
 
 from services.runtime.errors import CorruptObjectError, InvalidWeightsError
-from services.wire.delta.codec import (
-    Codec,
-    Encoding,
-    Split,
-    Whole,
-    decode_chunk,
-    encode_differences,
-    encode_values,
-)
+from services.wire.delta.codec import Codec, Whole, decode_chunk, encode_values
 from services.wire.delta.decode import Source, Survey, survey
-from services.wire.delta.dense import changes_of_split, split_of_changes
+from services.wire.delta.density import Encoding, Split, as_changes, as_differences, encode_changes
 from services.wire.delta.encode import collect, part_info
 from services.wire.delta.layout import Chunk
 from services.wire.delta.part import Part, build_part, load_part, parse_part
 from services.wire.delta.sparse import Changes
-from services.wire.delta.tensors import Bits
 from services.wire.delta.update import EncodedUpdate, UpdateInfo, UpdateKind
 
 Decoded = Whole | Split | Changes
@@ -115,8 +106,8 @@ def _fold_chunk(parts: Sequence[Part], chunk: Chunk) -> tuple[bytes, int]:
         return b"", 0
     if isinstance(total, Whole):
         return encode_values(total.values), chunk.count
-    changes = total if isinstance(total, Changes) else changes_of_split(total.differences)
-    return encode_differences(changes), changes.positions.size
+    changes = as_changes(total)
+    return (encode_changes(changes) if changes.positions.size else b""), changes.positions.size
 
 
 def add(first: Decoded, second: Decoded) -> Decoded:
@@ -124,9 +115,9 @@ def add(first: Decoded, second: Decoded) -> Decoded:
     if isinstance(second, Whole):
         return second
     if isinstance(first, Whole):
-        return Whole(values=first.values + _dense(second))
+        return Whole(values=first.values + as_differences(second))
     if isinstance(first, Split) or isinstance(second, Split):
-        return Split(differences=_dense(first) + _dense(second))
+        return Split(differences=as_differences(first) + as_differences(second))
     return add_changes(first, second)
 
 
@@ -141,7 +132,3 @@ def add_changes(first: Changes, second: Changes) -> Changes:
     kept = differences != 0
     kept[twice + 1] = False
     return Changes(count=first.count, positions=positions[kept], differences=differences[kept])
-
-
-def _dense(decoded: Split | Changes) -> Bits:
-    return decoded.differences if isinstance(decoded, Split) else split_of_changes(decoded)

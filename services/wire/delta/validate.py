@@ -7,6 +7,9 @@ from services.runtime.errors import InvalidWeightsError
 from services.wire.delta.tensors import BITS_TYPE, EXPONENT_MASK, BitTensor, TensorForm, Weights, forms_of
 
 FINITE_BLOCK = 1 << 20
+ONLY_NANS = {"F8_E4M3": (0x7F, 0xFF), "F8_E8M0": (0xFF,), "F8_E4M3FNUZ": (0x80,), "F8_E5M2FNUZ": (0x80,)}
+"""The NaN patterns of the types that have no infinity."""
+
 ALL_BUT_SIGN = {1: 0x7F, 2: 0x7FFF, 4: 0x7FFF_FFFF, 8: 0x7FFF_FFFF_FFFF_FFFF}
 
 
@@ -33,8 +36,11 @@ def is_finite(tensor: BitTensor, max_abs_bits: int | None = None) -> bool:
     Without the sign, the bits of floating-point numbers sort like their magnitudes: one integer maximum answers both.
     """
     mask = EXPONENT_MASK.get(tensor.dtype)
-    if mask is None or tensor.bits.size == 0:
+    if tensor.bits.size == 0:
         return True
+    if mask is None:
+        nans = ONLY_NANS.get(tensor.dtype, ())
+        return not any(bool((tensor.bits == nan).any()) for nan in nans)
     size = tensor.bits.dtype.itemsize
     limit = mask - 1 if max_abs_bits is None else min(mask - 1, max_abs_bits)
     unsigned = BITS_TYPE[size](ALL_BUT_SIGN[size])
