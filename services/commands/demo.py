@@ -3,7 +3,14 @@
 import argparse
 import asyncio
 import datetime as dt
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from services.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from services.learner.losses.settings import LossName
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from services.lab.demo_site import DemoSettings
     from services.lab.demo_summary import print_summary
 
-    settings = DemoSettings(seed=arguments.seed, loss=arguments.loss)
+    settings = DemoSettings(seed=arguments.seed, loss=_loss(arguments.loss))
     if arguments.steps is not None:
         settings = dataclasses.replace(settings, steps=arguments.steps)
     console = Console()
@@ -30,6 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
     asyncio.run(Demo(out, settings, console).run())
     print_summary(out, console)
     return 0
+
+
+def _loss(name: str) -> "LossName":
+    from services.learner.losses.settings import LossName
+
+    if name not in LossName:
+        near = get_close_matches(name, list(LossName), n=3, cutoff=0.0)
+        raise UsageError(f"no loss is called {name!r}: nearest are {', '.join(near)}")
+    return LossName(name)
 
 
 def fresh_folder(path: Path) -> Path:

@@ -33,7 +33,7 @@ class Story:
     started: float = field(default_factory=time.monotonic)
     events: list[str] = field(default_factory=list[str])
     rewards: list[float] = field(default_factory=list[float])
-    status: monitor_pb2.RunStatus | None = None
+    victim_killed: bool = False
 
     def tell(self, text: str) -> None:
         """Adds an event with the seconds since the start."""
@@ -47,7 +47,7 @@ class Demo:
         self._site = Site(out=out, settings=settings)
         self._console = console
         self._story = Story()
-        self._stop = asyncio.Event()
+        self._restarted = asyncio.Event()
 
     async def run(self) -> None:
         """The whole demo. Raises EngineError when a process fails that the demo did not kill."""
@@ -74,25 +74,27 @@ class Demo:
 
     def _interrupt(self) -> None:
         self._tell("interrupted: the learner drains, then the report is written")
-        self._stop.set()
         if self._site.learner is not None and self._site.learner.process.returncode is None:
             self._site.learner.process.send_signal(signal.SIGTERM)
 
     async def _watch_to_the_end(self) -> None:
         learner = self._site.learner
         assert learner is not None
-        learner_end = asyncio.create_task(learner.exited())
-        fault = asyncio.create_task(self._play_fault())
         screen = Live(console=self._console, refresh_per_second=4, transient=False)
         with screen if self._console.is_terminal else contextlib.nullcontext():
-            watching = asyncio.create_task(self._watch(screen))
-            await asyncio.wait({learner_end, fault}, return_when=asyncio.FIRST_COMPLETED)
-            if fault.done():
-                fault.result()  # a failure of the fault itself ends the demo
-            code = await learner_end
-            for task in (fault, watching):
-                task.cancel()
-            await asyncio.gather(fault, watching, return_exceptions=True)
+            others = {
+                asyncio.create_task(self._watch(screen)),
+                asyncio.create_task(self._play_fault()),
+                *(asyncio.create_task(self._guard(name)) for name in self._site.samplers),
+            }
+            learner_end = asyncio.create_task(learner.exited())
+            try:
+                await _first_failure_or(learner_end, others)
+            finally:
+                for task in others:
+                    task.cancel()
+                await asyncio.gather(*others, return_exceptions=True)
+        code = await learner_end
         if code != 0:
             raise EngineError(f"the learner ended with exit code {code}:\n{learner.last_lines()}")
         self._tell("the learner has ended: policy exported")
@@ -103,7 +105,6 @@ class Demo:
         with contextlib.suppress(UnavailableError):
             async with MonitorClient(self._site.learner_address, self._site.tls("monitor")) as client:
                 async for status in client.watch(interval_ms=250):
-                    self._story.status = status
                     if status.step > last_step:
                         self._story.rewards.append(status.metrics.get("reward_mean", 0.0))
                         if not self._console.is_terminal and status.step // 10 > last_step // 10:
@@ -111,20 +112,32 @@ class Demo:
                         last_step = status.step
                     screen.update(render(status, self._story.rewards, self._story.events[-8:]))
 
+    async def _guard(self, name: str) -> None:
+        """Raises EngineError when a sampler ends that was neither killed by us nor told to go. Follows its restarts."""
+        while True:
+            child = self._site.samplers[name]
+            code = await child.exited()
+            if code not in (0, -signal.SIGKILL):
+                raise EngineError(f"{name} ended with exit code {code}:\n{child.last_lines()}")
+            await self._restarted.wait()
+            if self._site.samplers[name] is child:
+                return
+
     async def _play_fault(self) -> None:
-        """SIGKILL to one sampler half way; it comes back once the learner has noticed."""
+        """SIGKILL to one sampler half way; it comes back once the learner has noticed. The run may end before."""
         half = self._site.settings.steps // 2
-        async with MonitorClient(self._site.learner_address, self._site.tls("monitor")) as client:
-            async for status in client.watch(interval_ms=250):
-                if status.step >= half:
-                    break
-            self._tell(f"SIGKILL to {_VICTIM} at step {status.step}")
-            self._site.samplers[_VICTIM].kill()
-            async for status in client.watch(interval_ms=250):
-                if _sampler_state(status, _VICTIM) == types_pb2.SAMPLER_STATE_LOST:
-                    break
-            self._tell(f"the learner has noticed at step {status.step}; {_VICTIM} starts again on its spool")
-            await self._site.start_sampler(_VICTIM)
+        with contextlib.suppress(UnavailableError):
+            async with MonitorClient(self._site.learner_address, self._site.tls("monitor")) as client:
+                async for status in client.watch(interval_ms=250):
+                    if status.step >= half and not self._story.victim_killed:
+                        self._tell(f"SIGKILL to {_VICTIM} at step {status.step}")
+                        self._site.samplers[_VICTIM].kill()
+                        self._story.victim_killed = True
+                    elif self._story.victim_killed and _is_lost(status, _VICTIM):
+                        self._tell(f"the learner has noticed at step {status.step}; {_VICTIM} starts on its old state")
+                        await self._site.start_sampler(_VICTIM)
+                        self._restarted.set()
+                        return
 
     def _collect(self) -> None:
         """Copies what the learner wrote to where people look for it, and writes the report."""
@@ -138,11 +151,18 @@ class Demo:
         write_report(out)
 
 
-def _sampler_state(status: monitor_pb2.RunStatus, name: str) -> types_pb2.SamplerState.ValueType:
-    return next(
-        (sampler.state for sampler in status.samplers if sampler.sampler_id == name),
-        types_pb2.SAMPLER_STATE_UNSPECIFIED,
-    )
+async def _first_failure_or(end: asyncio.Task[int], others: set[asyncio.Task[None]]) -> None:
+    """Waits for `end`, and raises what any of the others raises before."""
+    waiting: set[asyncio.Task[int] | asyncio.Task[None]] = {end, *others}
+    while not end.done():
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+
+def _is_lost(status: monitor_pb2.RunStatus, name: str) -> bool:
+    lost = types_pb2.SAMPLER_STATE_LOST
+    return any(sampler.sampler_id == name and sampler.state == lost for sampler in status.samplers)
 
 
 def _line(status: monitor_pb2.RunStatus) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from services.lab import arithmetic, processes
 from services.lab.processes import Child
 from services.learner import config as learner_config
-from services.learner.losses.settings import LossSettings
+from services.learner.losses.settings import LossName, LossSettings
 from services.runtime.config_render import render_toml
 from services.sampler import config as sampler_config
-from services.wire.certificates import make_dev_certificates
+from services.wire.credentials import utc_now
+from services.wire.pki import make_dev_pki
 from services.wire.tls import TlsFiles
 
 POLICY = Path(__file__).parent / "assets" / "tiny-policy"
@@ -34,7 +35,7 @@ class DemoSettings:
     """What a demo trains, and over what."""
 
     steps: int = 120
-    loss: str = "gepo"
+    loss: LossName = LossName.GEPO
     max_staleness: int = 8
     groups_per_step: int = 24
     group_size: int = 8
@@ -76,7 +77,7 @@ class Site:
         for folder in ("logs", "learner", "pki"):
             (self.work / folder).mkdir(parents=True, exist_ok=True)
         names = [f"sampler-{number}" for number in range(1, len(self.settings.links) + 1)]
-        make_dev_certificates(self.work / "pki", samplers=names)
+        make_dev_pki(self.work / "pki", names, (), utc_now())
         difficulty, seed = arithmetic.Difficulty(), self.settings.seed
         arithmetic.write_dataset(self.work / "train.jsonl", arithmetic.Split.TRAIN, 20_000, seed, difficulty)
         arithmetic.write_dataset(
