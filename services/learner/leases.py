@@ -151,7 +151,7 @@ class LeaseTable:
             return [], "pacing", False
         if works := self._choose_eval(sampler_id, max_leases, policy_version):
             for work in works:
-                self._hold(work, sampler_id, session_epoch, work.min_eval_version)
+                self._grant(work, sampler_id, session_epoch, work.min_eval_version)
             return works, "", False
         out, mine = self._training_out(sampler_id)
         waiting = self._around.waiting()
@@ -165,7 +165,7 @@ class LeaseTable:
         for _ in range(min(room, share, max_leases)):
             if (work := self._works.next_training()) is None:
                 return works, "" if works else "no_prompts", False
-            self._hold(work, sampler_id, session_epoch, needed)
+            self._grant(work, sampler_id, session_epoch, needed)
             works.append(work)
         return works, "" if works else "pacing", False
 
@@ -183,19 +183,20 @@ class LeaseTable:
         out = [work for work in self._works if work.is_out and work.purpose is LeasePurpose.TRAIN]
         return len(out), sum(work.holder is not None and work.holder.sampler_id == sampler_id for work in out)
 
-    def _hold(self, work: Work, sampler_id: str, session_epoch: int, version: int, grant: int | None = None) -> None:
-        """Gives the work out, under a new grant unless an earlier one goes on."""
-        if grant is None:
-            grant = work.grants + 1
-            work.granted_to[grant] = sampler_id
+    def _grant(self, work: Work, sampler_id: str, session_epoch: int, version: int) -> None:
+        work.grants += 1
+        work.granted_to[work.grants] = sampler_id
+        lease = LeaseName(learner_epoch=self._epoch, key=work.key, grant=work.grants)
+        self._hold(work, lease, sampler_id, session_epoch, version)
+
+    def _hold(self, work: Work, lease: LeaseName, sampler_id: str, session_epoch: int, version: int) -> None:
         self._works.unqueue(work)
         now = self._clock()
-        work.grants = max(work.grants, grant)
         work.orphaned_until = None
         work.holder = Holder(
+            lease=lease,
             sampler_id=sampler_id,
             session_epoch=session_epoch,
-            grant=grant,
             granted_at=now,
             deadline=now + self._rules.ttl_s,
             min_policy_version=version,
@@ -203,7 +204,7 @@ class LeaseTable:
 
     def _lease(self, work: Work, holder: Holder) -> Lease:
         return Lease(
-            lease_id=str(LeaseName(learner_epoch=self._epoch, key=work.key, grant=holder.grant)),
+            lease_id=str(holder.lease),
             ttl_ms=int(self._rules.ttl_s * 1000),
             prompt=work.prompt,
             group_size=work.group_size,
@@ -241,7 +242,7 @@ class LeaseTable:
         holder = work.holder
         if holder is None:
             return self._take_back(work, name, sampler_id, session_epoch)
-        if (holder.sampler_id, holder.grant) != (sampler_id, name.grant):
+        if (holder.sampler_id, holder.lease) != (sampler_id, name):
             return False
         now = self._clock()
         holder.session_epoch = session_epoch
@@ -256,7 +257,7 @@ class LeaseTable:
         ours = name.learner_epoch == self._epoch
         if ours and work.granted_to.get(name.grant) != sampler_id:
             return False
-        self._hold(work, sampler_id, session_epoch, work.min_eval_version, name.grant)
+        self._hold(work, name, sampler_id, session_epoch, work.min_eval_version)
         return True
 
     def release(self, sampler_id: str, lease_ids: Iterable[str], reason: str) -> None:
@@ -304,7 +305,7 @@ class LeaseTable:
         work = self._works.get(name.key) if name else None
         if name is None or work is None or work.holder is None:
             return None
-        return work if (work.holder.sampler_id, work.holder.grant) == (sampler_id, name.grant) else None
+        return work if (work.holder.sampler_id, work.holder.lease) == (sampler_id, name) else None
 
     def facts(self, lease_id: str, sampler_id: str) -> LeaseFacts:
         """What admission needs to know of the lease that a group of this sampler names."""

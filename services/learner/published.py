@@ -46,6 +46,11 @@ class PublishedVersions:
     def current_root(self) -> str:
         return self._roots.get(self.current, "")
 
+    @property
+    def _oldest(self) -> int:
+        """Versions enter in ascending order, and a dict keeps it."""
+        return next(iter(self._roots), 0)
+
     def publish(self, version: int, root: str) -> None:
         """Makes `version` current. Raises ValueError when it is older, or when other weights have its number."""
         if version < self.current or self._roots.get(version, root) != root:
@@ -53,8 +58,8 @@ class PublishedVersions:
         self._roots[version] = root
         self._retired.discard((version, root))
         self.current = version
-        for old in [known for known in self._roots if known < version - _KEPT]:
-            del self._roots[old]
+        while self._oldest < version - _KEPT:
+            del self._roots[self._oldest]
 
     def roll_back(self, version: int) -> None:
         """Undoes every version above `version`."""
@@ -69,7 +74,7 @@ class PublishedVersions:
             return Origin.ROLLED_BACK
         if version > self.current:
             return Origin.FUTURE
-        if version not in self._roots and version < min(self._roots, default=0):
+        if version < self._oldest:
             return Origin.FORGOTTEN
         return Origin.UNKNOWN_ROOT
 

@@ -9,13 +9,39 @@ from services.wire.types import LeasePurpose, Prompt
 _LEASE_ID = re.compile(r"([1-9]\d{0,9})-(t\d{1,18}|e\d{1,9}\.\d{1,9})-(\d{1,9})", re.ASCII)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseName:
+    """A lease id taken apart: "3-t17-1" is the first grant of training prompt 17 by the learner's third start."""
+
+    learner_epoch: int
+    key: str
+    grant: int
+
+    @classmethod
+    def parse(cls, lease_id: str) -> "LeaseName | None":
+        match = _LEASE_ID.fullmatch(lease_id)
+        return cls(learner_epoch=int(match[1]), key=match[2], grant=int(match[3])) if match else None
+
+    def __str__(self) -> str:
+        return f"{self.learner_epoch}-{self.key}-{self.grant}"
+
+    @property
+    def number(self) -> int | None:
+        """The training prompt's number; None for evaluation."""
+        return int(self.key[1:]) if self.key[0] == "t" else None
+
+    @property
+    def eval_round(self) -> int | None:
+        return int(self.key[1:].split(".")[0]) if self.key[0] == "e" else None
+
+
 @dataclass(slots=True, kw_only=True)
 class Holder:
     """A lease that is out."""
 
+    lease: LeaseName
     sampler_id: str
     session_epoch: int
-    grant: int
     granted_at: float
     deadline: float
     min_policy_version: int
@@ -45,32 +71,6 @@ class Work:
     @property
     def is_out(self) -> bool:
         return self.holder is not None or self.orphaned_until is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseName:
-    """A lease id taken apart: "3-t17-1" is the first grant of training prompt 17 by the learner's third start."""
-
-    learner_epoch: int
-    key: str
-    grant: int
-
-    @classmethod
-    def parse(cls, lease_id: str) -> "LeaseName | None":
-        match = _LEASE_ID.fullmatch(lease_id)
-        return cls(learner_epoch=int(match[1]), key=match[2], grant=int(match[3])) if match else None
-
-    def __str__(self) -> str:
-        return f"{self.learner_epoch}-{self.key}-{self.grant}"
-
-    @property
-    def number(self) -> int | None:
-        """The training prompt's number; None for evaluation."""
-        return int(self.key[1:]) if self.key[0] == "t" else None
-
-    @property
-    def eval_round(self) -> int | None:
-        return int(self.key[1:].split(".")[0]) if self.key[0] == "e" else None
 
 
 def seed_of(run_seed: int, key: str) -> int:

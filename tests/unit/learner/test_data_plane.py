@@ -1,0 +1,233 @@
+"""From restore to batch on a real journal, without a server."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from services.learner.data_plane import DataPlane
+from services.learner.intake import Arrival, Gap
+from services.runtime import failpoints
+from services.runtime.errors import ConfigError, StorageError
+from services.wire.types import GroupEnvelope, Lease, Verdict, VerdictCode
+from tests.support.data_side import Clock, dataset, envelope, group_for, open_plane, root, settings
+
+
+class Running:
+    """A plane with its intake at work."""
+
+    def __init__(self, plane: DataPlane) -> None:
+        self.plane = plane
+        self.seq = plane._recovered.heads.get(("eu-1", "spool"), 0)
+
+    async def __aenter__(self) -> "Running":
+        self.task = asyncio.create_task(self.plane.run())
+        await self.plane.sessions.register("eu-1")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        await self.plane.close()
+
+    async def lease(self, count: int, version: int = 0) -> list[Lease]:
+        return list((await self.plane.leases.grant("eu-1", 1, count, version, 0.0)).leases)
+
+    async def submit(self, given: GroupEnvelope) -> Verdict | Gap:
+        arrival = Arrival(sampler_id="eu-1", session_epoch=1, spool_id="spool", envelope=given)
+        return await (await self.plane.intake.submit(arrival))
+
+    async def answer(self, *leases: Lease, version: int | None = None) -> None:
+        for lease in leases:
+            self.seq += 1
+            verdict = await self.submit(envelope(self.seq, group_for(lease, version)))
+            assert isinstance(verdict, Verdict)
+            assert verdict.code is VerdictCode.ACCEPTED, verdict
+
+
+async def test_steps_trained_after_the_checkpoint_are_trained_again_with_the_same_groups(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        await run.answer(*await run.lease(4))
+        first = await run.plane.take_batch(2, 0)
+        await run.plane.mark_trained(first, 1)
+        await run.plane.advance(1, root(1))
+        saved = run.plane.state(1)
+        second = await run.plane.take_batch(2, 1)
+        await run.plane.mark_trained(second, 2)
+        await run.plane.advance(2, root(2))
+        await run.answer(*await run.lease(1, version=2), version=2)
+    plane = await DataPlane.open(tmp_path, settings(), dataset(tmp_path), Clock())
+    await plane.restore(saved)
+    async with Running(plane) as run:
+        assert (plane.learner_epoch, plane.learner_version) == (2, 1)
+        assert plane.tally.dropped == {"FUTURE_VERSION": 1}
+        await plane.advance(1, root(1))
+        again = await plane.take_batch(2, 1)
+        assert again.ids == second.ids
+        assert [group.staleness for group in again.groups] == [1, 1]
+        await plane.mark_trained(again, 2)
+        assert (plane.tally.trained, plane.tally.acknowledged, len(plane.buffer)) == (4, 5, 0)
+
+
+async def test_a_checkpoint_of_another_data_set_or_version_of_other_weights_is_refused(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        saved = run.plane.state(0)
+    plane = await DataPlane.open(tmp_path, settings(), dataset(tmp_path, prompts=3), Clock())
+    async with Running(plane):
+        with pytest.raises(ConfigError, match="has changed"):
+            await plane.restore(saved)
+        with pytest.raises(ConfigError, match="state_dir"):
+            await plane.advance(0, root(9))
+
+
+async def test_stale_groups_are_dropped_at_the_step_and_their_prompts_granted_again(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path, settings(max_staleness=0))) as run:
+        plane = run.plane
+        await plane.advance(0, root(0))
+        leases = await run.lease(2)
+        await run.answer(*leases)
+        await plane.advance(1, root(1))
+        taking = asyncio.create_task(plane.take_batch(2, 1))
+        async with asyncio.timeout(5):
+            while not (again := await run.lease(2, version=1)):
+                await plane.leases.wait_for_change(0.1)
+        assert [lease.prompt for lease in again] == [lease.prompt for lease in leases]
+        await run.answer(*again)
+        async with asyncio.timeout(5):
+            batch = await taking
+        assert [group.staleness for group in batch.groups] == [0, 0]
+        assert plane.tally.dropped == {"STALE_IN_BUFFER": 2}
+
+
+async def test_the_step_under_way_keeps_its_place_until_its_version_is_out(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path, settings(max_staleness=0))) as run:
+        await run.plane.advance(0, root(0))
+        await run.answer(*await run.lease(2))
+        batch = await run.plane.take_batch(2, 0)
+        assert (run.plane.waiting, await run.lease(1)) == (2, [])
+        await run.plane.mark_trained(batch, 1)
+        assert await run.lease(1) == []
+        await run.plane.advance(1, root(1))
+        assert len(await run.lease(5, version=1)) == 2
+
+
+async def test_a_batch_whose_step_was_not_applied_is_dropped_with_its_reason(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path, settings(max_staleness=0))) as run:
+        await run.plane.advance(0, root(0))
+        await run.answer(*await run.lease(2))
+        batch = await run.plane.take_batch(2, 0)
+        await run.plane.drop_batch(batch, "NOT_FINITE", 1)
+        assert run.plane.tally.dropped == {"NOT_FINITE": 2}
+        assert len(await run.lease(5)) == 2
+
+
+async def test_a_failed_commit_acknowledges_nothing_and_the_same_groups_come_again(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        lease = (await run.lease(1))[0]
+        sent = envelope(1, group_for(lease))
+        failpoints.arm("journal.before_commit=1*error->off")
+        try:
+            with pytest.raises(StorageError):
+                await run.submit(sent)
+        finally:
+            failpoints.arm("")
+        assert (run.plane.tally.acknowledged, run.plane.waiting) == (0, 0)
+        assert await run.submit(envelope(2, b"")) == Gap(expected_seq=1)
+        verdict = await run.submit(sent)
+        assert isinstance(verdict, Verdict)
+        assert verdict.code is VerdictCode.ACCEPTED
+
+
+async def test_a_fault_that_is_not_a_full_disk_ends_the_process(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        sent = envelope(1, group_for((await run.lease(1))[0]))
+        failpoints.arm("journal.after_commit=error")
+        try:
+            with pytest.raises(StorageError):
+                await run.submit(sent)
+            with pytest.raises(StorageError):
+                await run.task
+        finally:
+            failpoints.arm("")
+    async with Running(await open_plane(tmp_path)) as run:
+        verdict = await run.submit(sent)
+        assert isinstance(verdict, Verdict)
+        assert (verdict.code, verdict.first) == (VerdictCode.DUPLICATE, VerdictCode.ACCEPTED)
+        assert len(run.plane.buffer) == 1
+
+
+async def test_copies_in_one_transaction_are_told_apart(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        first, second = await run.lease(2)
+        sent = [
+            envelope(1, group_for(first), "a"),
+            envelope(1, group_for(first), "a"),
+            envelope(2, group_for(first), "a"),
+            envelope(3, group_for(first, reward=0.0), "a"),
+            envelope(4, group_for(first), "b"),
+            envelope(5, group_for(second), "c"),
+            envelope(7, group_for(second), "d"),
+        ]
+        arrivals = [Arrival(sampler_id="eu-1", session_epoch=1, spool_id="spool", envelope=one) for one in sent]
+        futures = [await run.plane.intake.submit(arrival) for arrival in arrivals]
+        outcomes = await asyncio.gather(*futures)
+        codes = [outcome.code.name if isinstance(outcome, Verdict) else outcome for outcome in outcomes]
+        assert codes == [
+            "ACCEPTED",
+            "DUPLICATE",
+            "DUPLICATE",
+            "INVALID",
+            "LEASE_LOST",
+            "ACCEPTED",
+            Gap(expected_seq=6),
+        ]
+        tally = run.plane.tally
+        assert (tally.acknowledged, tally.duplicates, len(run.plane.buffer)) == (4, 2, 2)
+        assert tally.buffered == 2
+
+
+async def test_a_sampler_that_sends_only_rubbish_is_quarantined_until_it_registers_again(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        lease = (await run.lease(1))[0]
+        for seq in range(1, 9):
+            await run.submit(envelope(seq, b"\xff"))
+        verdict = await run.submit(envelope(9, group_for(lease)))
+        assert isinstance(verdict, Verdict)
+        assert verdict.code is VerdictCode.QUARANTINED
+        await run.plane.sessions.register("eu-1")
+        run.seq = 9
+        await run.answer((await run.lease(1))[0])
+
+
+async def test_a_cancelled_take_batch_keeps_the_groups(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        await run.answer(*await run.lease(2))
+        for turns in range(4):
+            taking = asyncio.create_task(run.plane.take_batch(2, 0))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            taking.cancel()
+            await asyncio.wait([taking])
+            assert run.plane.waiting == 2
+        assert len((await run.plane.take_batch(2, 0)).ids) == 2
+
+
+async def test_an_evaluation_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        started = await run.plane.evaluate(dataset(tmp_path).prompts[:2], 1)
+        leases = await run.lease(1)
+        run.plane.evaluation.cancel(started)
+        assert run.plane.leases.active == 0
+        verdict = await run.submit(envelope(1, group_for(leases[0])))
+        assert isinstance(verdict, Verdict)
+        assert verdict.code is VerdictCode.LEASE_LOST
+        empty = await (await run.plane.evaluate((), 1)).result()
+        assert (empty.round, empty.prompts) == (2, 0)

@@ -1,0 +1,418 @@
+"""The lease table: expiry, renewal, order, seeds, pacing, and that no death of a sampler stops the run."""
+
+import asyncio
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from services.learner.admission import Standing
+from services.learner.dataset import Dataset, PromptOrder
+from services.learner.leases import Granted, LeaseRules, LeaseTable, Surroundings
+from services.learner.pacing import Pacing, PacingRules
+from services.learner.work import LeaseName, Work, seed_of
+from services.runtime.errors import StorageError
+from services.wire.types import Lease, LeasePurpose, Prompt
+from tests.support.data_side import Clock
+
+TTL_S = 60.0
+PROMPTS = tuple(Prompt(prompt_id=f"p{n}", text=f"{n}?", answer="x") for n in range(10))
+
+
+class Table:
+    """A lease table in a learner that is all test doubles around it: buffer, sessions and journal are variables."""
+
+    def __init__(self, *, groups_per_step: int = 2, max_staleness: int = 1, epoch: int = 1) -> None:
+        self.clock = Clock(0.0)
+        self.waiting = 0
+        self.lost: set[str] = set()
+        self.samplers = 1
+        self.recorded = (0, 0)
+        self.disk_full = False
+        self.given_up: list[Work] = []
+        self.room = PacingRules(groups_per_step=groups_per_step, max_staleness=max_staleness, ahead=1.0)
+        order = PromptOrder(Dataset(path=Path("x"), prompts=PROMPTS, sha256=""), 1, False)
+        self.table = LeaseTable(
+            rules=LeaseRules(run_seed=3, group_size=4, ttl_s=TTL_S, grace_s=10.0),
+            order=order,
+            pacing=Pacing(self.room, self.clock),
+            learner_epoch=epoch,
+            clock=self.clock,
+            around=Surroundings(
+                waiting=lambda: self.waiting,
+                alive=lambda sampler_id, _: sampler_id not in self.lost,
+                samplers=lambda: self.samplers,
+                record=self.record,
+                given_up=self.given_up.append,
+            ),
+        )
+
+    async def record(self, following: int, floor: int) -> None:
+        await asyncio.sleep(0)
+        if self.disk_full:
+            raise StorageError("disk full")
+        self.recorded = (following, floor)
+
+    async def grant(self, sampler_id: str = "a", count: int = 99, version: int = 0, wait_s: float = 0.0) -> Granted:
+        return await self.table.grant(sampler_id, 1, count, version, wait_s)
+
+    async def leases(self, sampler_id: str = "a", count: int = 99, version: int = 0) -> list[Lease]:
+        return list((await self.grant(sampler_id, count, version)).leases)
+
+    def renew(self, leases: list[Lease], sampler_id: str = "a", version: int = 0) -> list[str]:
+        return list(self.table.renew(sampler_id, 1, [lease.lease_id for lease in leases], version))
+
+
+def ids(leases: list[Lease]) -> list[str]:
+    return [lease.prompt.prompt_id for lease in leases]
+
+
+async def test_nothing_is_granted_before_the_first_version() -> None:
+    assert await Table().grant() == Granted(leases=(), reason="pacing")
+
+
+async def test_leases_carry_the_prompts_in_order_with_seeds_of_their_own() -> None:
+    given = Table()
+    given.table.advance(0)
+    leases = await given.leases()
+    assert ids(leases) == ["p0", "p1", "p2", "p3"]
+    assert [lease.seed for lease in leases] == [seed_of(3, f"t{n}") for n in range(4)]
+    assert len({lease.seed for lease in leases}) == 4
+    assert all(0 <= lease.seed < 1 << 63 for lease in leases)
+    assert (leases[0].group_size, leases[0].purpose, leases[0].ttl_ms) == (4, LeasePurpose.TRAIN, 60_000)
+    assert given.recorded == (4, 0)
+
+
+async def test_groups_out_and_waiting_never_exceed_the_room() -> None:
+    given = Table(groups_per_step=3, max_staleness=2)
+    given.table.advance(0)
+    assert len(await given.leases(count=4)) == 4
+    given.waiting = 3
+    assert len(await given.leases()) == 2
+    assert (await given.grant()).reason == "pacing"
+
+
+async def test_the_online_mode_grants_one_step_of_the_current_version() -> None:
+    given = Table(groups_per_step=3, max_staleness=0)
+    given.table.advance(5)
+    assert await given.leases(version=3) == []  # more than one swap away
+    leases = await given.leases(version=4)
+    assert [lease.min_policy_version for lease in leases] == [5, 5, 5]
+    given.waiting = 3  # in the step under way
+    for lease in leases:
+        given.table.answer(lease.lease_id, "a")
+    assert await given.leases(version=5) == []
+    given.waiting = 0
+    given.table.advance(6)
+    assert len(await given.leases(version=6)) == 3
+
+
+async def test_a_sampler_that_dies_in_the_online_mode_costs_its_leases_time_to_live() -> None:
+    given = Table(groups_per_step=2, max_staleness=0)
+    given.samplers = 2
+    given.table.advance(0)
+    dead, alive = await given.leases("a"), await given.leases("b")
+    assert (len(dead), len(alive)) == (1, 1)
+    given.table.answer(alive[0].lease_id, "b")
+    given.waiting = 1
+    assert await given.leases("b") == []
+    given.clock.advance(TTL_S)
+    assert ids(await given.leases("b")) == ids(dead)
+
+
+async def test_renewed_leases_live_and_forgotten_ones_are_granted_again_first() -> None:
+    given = Table()
+    given.table.advance(0)
+    kept, lost, *_ = await given.leases(count=2)
+    for _ in range(3):
+        given.clock.advance(TTL_S / 2)
+        assert given.renew([kept]) == []
+    again = await given.leases("b", count=2)
+    assert ids(again) == [lost.prompt.prompt_id, "p2"]
+    assert again[0].lease_id != lost.lease_id
+    assert given.renew([kept, lost]) == [lost.lease_id]
+
+
+async def test_an_expired_lease_that_nobody_else_has_goes_back_to_who_names_it() -> None:
+    given = Table()
+    given.table.advance(0)
+    lease = (await given.leases(count=1))[0]
+    given.clock.advance(TTL_S + 1)
+    given.table.expire()
+    assert given.renew([lease], "b") == [lease.lease_id]
+    assert given.renew([lease]) == []
+    assert "p0" not in ids(await given.leases("b"))
+
+
+async def test_a_lease_is_not_renewed_for_ever_nor_for_a_sampler_that_never_gets_the_weights() -> None:
+    given = Table(groups_per_step=1, max_staleness=0)
+    given.table.advance(1)
+    lease = (await given.leases(version=0))[0]
+    assert lease.min_policy_version == 1
+    for _ in range(3):
+        given.clock.advance(TTL_S / 2 + 1)
+        given.renew([lease], version=0)
+    assert ids(await given.leases("b", version=1)) == ids([lease])
+    hung = Table(groups_per_step=1, max_staleness=0)
+    hung.table.advance(0)
+    lease = (await hung.leases())[0]
+    for _ in range(23):
+        hung.clock.advance(TTL_S / 2)
+        hung.renew([lease])
+    assert ids(await hung.leases("b")) == ids([lease])
+
+
+async def test_the_leases_of_a_lost_sampler_and_of_a_replaced_session_are_free_early() -> None:
+    given = Table()
+    given.table.advance(0)
+    first = await given.leases("a", count=1)
+    second = await given.leases("b", count=1)
+    given.lost.add("a")
+    given.table.replace_session("b")
+    assert ids(await given.leases("c", count=1)) == ids(first)
+    given.clock.advance(10.0)
+    assert ids(await given.leases("c", count=1)) == ids(second)
+
+
+async def test_released_leases_come_again_and_releasing_is_for_the_holder_alone() -> None:
+    given = Table()
+    given.table.advance(0)
+    leases = await given.leases()
+    given.table.release("b", [lease.lease_id for lease in leases], "drain")
+    assert given.table.active == 4
+    given.table.release("a", [leases[2].lease_id, leases[2].lease_id, "nonsense", "9-t1-1"], "generation_failed")
+    assert given.table.active == 3
+    assert ids(await given.leases("b")) == ["p2"]
+
+
+async def test_a_prompt_that_is_always_given_back_is_given_up() -> None:
+    given = Table(groups_per_step=1, max_staleness=0)
+    given.table.advance(0)
+    for _ in range(8):
+        lease = (await given.leases())[0]
+        assert lease.prompt.prompt_id == "p0"
+        given.table.release("a", [lease.lease_id], "generation_failed")
+    assert ids(await given.leases()) == ["p1"]
+    assert [work.prompt.prompt_id for work in given.given_up] == ["p0"]
+
+
+async def test_a_data_set_of_unusable_prompts_runs_out() -> None:
+    given = Table()
+    given.table.advance(0)
+    while leases := await given.leases():
+        given.table.release("a", [lease.lease_id for lease in leases], "bad_gold")
+    assert {work.prompt for work in given.given_up} == set(PROMPTS)
+    assert (await given.grant()).reason == "no_prompts"
+
+
+async def test_a_prompt_whose_groups_came_too_late_is_granted_again_but_not_for_ever() -> None:
+    given = Table(groups_per_step=1, max_staleness=0)
+    given.table.advance(0)
+    for _ in range(3):
+        lease = (await given.leases())[0]
+        assert lease.prompt.prompt_id == "p0"
+        given.table.answer(lease.lease_id, "a")
+        given.table.reopen([0])
+    assert ids(await given.leases()) == ["p1"]
+
+
+async def test_leases_that_cannot_be_recorded_are_not_granted() -> None:
+    given = Table()
+    given.table.advance(0)
+    given.disk_full = True
+    with pytest.raises(StorageError):
+        await given.grant(count=2)
+    given.disk_full = False
+    assert ids(await given.leases(count=3)) == ["p0", "p1", "p2"]
+
+
+async def test_a_cancelled_call_gives_back_what_it_took() -> None:
+    given = Table()
+    given.table.advance(0)
+    call = asyncio.create_task(given.grant())
+    await asyncio.sleep(0)
+    assert given.table.active == 4
+    call.cancel()
+    await asyncio.wait([call])
+    assert given.table.active == 0
+    assert ids(await given.leases("b", count=1)) == ["p0"]
+
+
+async def test_a_waiting_call_hears_of_a_new_version() -> None:
+    given = Table(groups_per_step=1, max_staleness=0)
+    given.table.advance(0)
+    given.waiting = 1
+    call = asyncio.create_task(given.grant(wait_s=10.0))
+    await asyncio.sleep(0.01)
+    assert not call.done()
+    given.waiting = 0
+    given.table.advance(1)
+    async with asyncio.timeout(1):
+        assert len((await call).leases) == 1
+
+
+async def test_one_sampler_does_not_take_the_share_of_the_others() -> None:
+    given = Table(groups_per_step=4, max_staleness=0)
+    given.samplers = 2
+    given.table.advance(0)
+    first = await given.leases("a")
+    assert len(first) == 2
+    assert await given.leases("a") == []
+    assert len(await given.leases("b")) == 2
+
+
+async def test_work_that_would_arrive_stale_is_not_granted_unless_the_learner_starves() -> None:
+    given = Table(groups_per_step=1, max_staleness=1)
+    for version in range(4):  # a step takes 10 s
+        given.table.advance(version)
+        given.clock.advance(10.0)
+    slow = (await given.leases("slow", count=1, version=3))[0]
+    given.clock.advance(50.0)
+    given.table.answer(slow.lease_id, "slow")  # and this sampler takes 50 s
+    given.table.advance(4)
+    given.waiting = 1
+    assert await given.leases("slow", version=4) == []
+    assert [lease.min_policy_version for lease in await given.leases("fast", count=1, version=3)] == [4]
+    given.waiting = 0
+    given.table.release("fast", ["1-t1-1"], "drain")
+    assert len(await given.leases("slow", count=1, version=4)) == 1
+
+
+async def test_a_restart_makes_orphans_of_what_nobody_answered() -> None:
+    given = Table(epoch=2, groups_per_step=5, max_staleness=0)
+    given.table.restore(following=5, floor=1, answered={2, 4})
+    given.table.advance(0)
+    assert given.table.active == 2  # 1 and 3
+    assert given.table.facts("1-t2-1", "a").standing is Standing.OVER
+    assert given.table.facts("1-t3-1", "a").standing is Standing.OPEN
+    assert given.table.facts("1-t5-1", "a").standing is Standing.NEVER
+    assert given.table.facts("3-t1-1", "a").standing is Standing.NEVER
+    assert list(given.table.renew("a", 1, ["1-t3-1", "1-t2-1"], 0)) == ["1-t2-1"]
+    assert ids(await given.leases("b")) == ["p5", "p6", "p7"]
+    given.clock.advance(TTL_S)
+    assert ids(await given.leases("b", count=1)) == ["p1"]
+
+
+async def test_a_lease_is_a_samplers_own_and_made_up_names_are_never_leased() -> None:
+    given = Table()
+    given.table.advance(0)
+    lease = (await given.leases(count=1))[0]
+    assert given.table.facts(lease.lease_id, "a").standing is Standing.OPEN
+    for wrong in ("", "x", "1-t0-2", "1-t9-1", f"1-t{10**17}-1", "1-t0-1\n", "٣-t0-1", "2-t0-1"):
+        assert given.table.facts(wrong, "a").standing is Standing.NEVER
+    assert given.table.facts(lease.lease_id, "b").standing is Standing.NEVER
+
+
+async def test_evaluation_goes_first_to_everyone_alike_and_outside_the_room() -> None:
+    given = Table(groups_per_step=1, max_staleness=0)
+    given.samplers = 2
+    given.table.advance(4)
+    given.waiting = 1
+    given.table.add_eval(1, 4, PROMPTS[:4], 2)
+    assert await given.leases("a", version=2) == []
+    leases = await given.leases("a", version=4)
+    assert ids(leases) == ["p0", "p1"]
+    assert {(lease.eval_round, lease.min_policy_version, lease.group_size) for lease in leases} == {(1, 4, 2)}
+    given.table.answer(leases[0].lease_id, "a")
+    others = await given.leases("b", version=4)
+    assert ids(others) == ["p2", "p3"]
+    given.table.drop_eval(1)
+    assert given.table.facts(others[0].lease_id, "b").standing is Standing.OVER
+
+
+def test_lease_names_are_read_back() -> None:
+    name = LeaseName.parse("3-e2.17-4")
+    assert name == LeaseName(learner_epoch=3, key="e2.17", grant=4)
+    assert (str(name), name.number, name.eval_round) == ("3-e2.17-4", None, 2)
+
+
+class LeaseMachine(RuleBasedStateMachine):
+    """Samplers lease, answer, forget and die while versions rise: no prompt is lost, none has two holders, the room is
+    kept, and the learner can always go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.given = Table(groups_per_step=2, max_staleness=1)
+        self.given.samplers = 2
+        self.given.table.advance(0)
+        self.version = 0
+        self.held: dict[str, list[Lease]] = {"a": [], "b": []}
+        self.answered: set[str] = set()
+
+    samplers = st.sampled_from(["a", "b"])
+
+    @rule(sampler=samplers, count=st.integers(1, 3), behind=st.integers(0, 3))
+    def lease(self, sampler: str, count: int, behind: int) -> None:
+        version = max(0, self.version - behind)
+        self.held[sampler] += self.loop.run_until_complete(self.given.leases(sampler, count, version))
+
+    @rule(sampler=samplers, pick=st.integers(0, 5))
+    def answer(self, sampler: str, pick: int) -> None:
+        if not self.held[sampler]:
+            return
+        lease = self.held[sampler].pop(pick % len(self.held[sampler]))
+        key = lease.lease_id.split("-")[1]
+        facts = self.given.table.facts(lease.lease_id, sampler)
+        assert (facts.standing is Standing.OPEN) == (key not in self.answered)
+        if facts.standing is Standing.OPEN:
+            self.given.table.answer(lease.lease_id, sampler)
+            self.answered.add(key)
+            self.given.waiting += 1
+
+    @rule(sampler=samplers, known=st.integers(0, 4))
+    def heartbeat(self, sampler: str, known: int) -> None:
+        self.given.renew(self.held[sampler][:known], sampler, self.version)
+
+    @rule(sampler=samplers)
+    def die(self, sampler: str) -> None:
+        self.held[sampler].clear()
+
+    @rule(seconds=st.sampled_from([5.0, 40.0, 90.0]))
+    def wait(self, seconds: float) -> None:
+        self.given.clock.advance(seconds)
+
+    @precondition(lambda self: self.given.waiting >= 2)
+    @rule()
+    def step(self) -> None:
+        self.given.waiting -= 2
+        self.version += 1
+        self.given.table.advance(self.version)
+
+    @invariant()
+    def the_room_is_kept(self) -> None:
+        self.given.table.expire()
+        assert self.given.table.active + self.given.waiting <= self.given.room.room
+
+    def teardown(self) -> None:
+        """Whatever happened: a fresh sampler alone brings the run forward."""
+
+        async def finish() -> None:
+            for _ in range(3):
+                goal = self.version + 1
+                for _ in range(20):
+                    self.given.clock.advance(TTL_S)
+                    for lease in await self.given.leases("a", 99, self.version):
+                        self.given.table.answer(lease.lease_id, "a")
+                        self.given.waiting += 1
+                    if self.given.waiting >= 2:
+                        self.step()
+                        break
+                assert self.version == goal
+
+        self.given.samplers = 1
+        self.loop.run_until_complete(finish())
+        self.loop.close()
+
+
+TestLeaseMachine = LeaseMachine.TestCase
+TestLeaseMachine.settings = hypothesis_settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_the_room_follows_the_formula() -> None:
+    assert PacingRules(groups_per_step=8, max_staleness=4, ahead=0.5).room == 24
+    assert PacingRules(groups_per_step=8, max_staleness=0, ahead=9.0).room == 8
+    assert PacingRules(groups_per_step=3, max_staleness=1, ahead=0.5).room == math.floor(4.5)
