@@ -11,11 +11,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from heterorl.v1 import weights_pb2
-from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
 from services.runtime import failpoints
 from services.runtime.errors import (
     BadInputError,
@@ -39,6 +39,9 @@ from services.wire.errors import from_rpc_error
 from services.wire.signing import verify
 from services.wire.types import FetchProgress, Manifest, ObjectRef, Plan, PlanStep, SignedManifest
 
+if TYPE_CHECKING:  # generated stubs exist for type checkers only
+    from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
+
 _log = get_logger("sampler.follower")
 _PLAN_TIMEOUT_S = 30.0
 _RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError, WrongBaseError, StorageError)
@@ -61,7 +64,7 @@ class Follower:
     def __init__(
         self,
         *,
-        weights: WeightServiceAsyncStub,
+        weights: "WeightServiceAsyncStub",
         cache: ObjectCache,
         tally: Tally,
         run_id: str,

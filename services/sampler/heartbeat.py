@@ -4,9 +4,9 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from heterorl.v1 import control_pb2
-from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
 from services.runtime.errors import ExhaustedError, UnavailableError
 from services.runtime.log import get_logger
 from services.sampler.engine import Engine
@@ -17,6 +17,9 @@ from services.sampler.spool import Spool
 from services.sampler.tally import Tally
 from services.wire.convert import to_heartbeat
 from services.wire.types import SamplerReport, SamplerState
+
+if TYPE_CHECKING:  # generated stubs exist for type checkers only
+    from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
 
 _log = get_logger("sampler.heartbeat")
 _TIMEOUT_S = 10.0
@@ -29,7 +32,7 @@ class Heartbeat:
     def __init__(
         self,
         *,
-        control: ControlServiceAsyncStub,
+        control: "ControlServiceAsyncStub",
         session: LearnerSession,
         follower: Follower,
         spool: Spool,

@@ -9,17 +9,20 @@ import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from heterorl.v1 import weights_pb2
-from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
 from services.runtime import failpoints
 from services.runtime.errors import CorruptObjectError, StorageError, UnavailableError
 from services.runtime.files import storage_errors
 from services.wire.errors import from_rpc_error
 from services.wire.objects import Chunk, file_digest, verify_chunk
 from services.wire.types import ObjectRef
+
+if TYPE_CHECKING:  # generated stubs exist for type checkers only
+    from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
 
 _STALL_S = 30.0
 
@@ -28,7 +31,7 @@ class ObjectCache:
     """Fetches one object at a time; keeps at most `max_bytes`, oldest first out."""
 
     def __init__(
-        self, directory: Path, weights: WeightServiceAsyncStub, max_bytes: int, stall_s: float = _STALL_S
+        self, directory: Path, weights: "WeightServiceAsyncStub", max_bytes: int, stall_s: float = _STALL_S
     ) -> None:
         self._directory = directory
         self._weights = weights

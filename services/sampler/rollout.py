@@ -10,9 +10,9 @@ acknowledged.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from heterorl.v1 import control_pb2
-from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
 from services.runtime import failpoints
 from services.runtime.errors import EngineError, ExhaustedError, ScoreError, UnavailableError
 from services.runtime.log import get_logger
@@ -27,6 +27,9 @@ from services.sampler.tally import Tally
 from services.wire.channel import MESSAGE_BYTES
 from services.wire.convert import encode_group, from_lease, to_session
 from services.wire.types import Completion, Lease, LeasePurpose, ScoredGroup
+
+if TYPE_CHECKING:  # generated stubs exist for type checkers only
+    from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
 
 _log = get_logger("sampler.rollout")
 _LEASE_WAIT_MS = 10_000
@@ -58,7 +61,7 @@ class Rollout:
     def __init__(
         self,
         *,
-        control: ControlServiceAsyncStub,
+        control: "ControlServiceAsyncStub",
         session: LearnerSession,
         follower: Follower,
         engine: Engine,

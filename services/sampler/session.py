@@ -5,12 +5,11 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
 from heterorl.v1 import control_pb2
-from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
 from services.runtime.address import Address
 from services.runtime.errors import (
     ExhaustedError,
@@ -25,6 +24,9 @@ from services.wire.convert import from_run_settings, from_session, to_engine
 from services.wire.errors import from_rpc_error
 from services.wire.types import PROTOCOL_VERSION, EngineInfo, RunSettings, Session
 
+if TYPE_CHECKING:  # generated stubs exist for type checkers only
+    from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
+
 _log = get_logger("sampler.session")
 _TIMEOUT_S = 10.0
 _T = TypeVar("_T")
@@ -36,7 +38,7 @@ class LearnerSession:
     def __init__(
         self,
         *,
-        control: ControlServiceAsyncStub,
+        control: "ControlServiceAsyncStub",
         learner: Address,
         sampler_id: str,
         spool: Spool,

@@ -9,12 +9,11 @@ Guarantee: a group leaves the spool only through an Ack or a Welcome that covers
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
 from heterorl.v1 import rollouts_pb2
-from heterorl.v1.rollouts_pb2_grpc import RolloutServiceAsyncStub
 from services.runtime.errors import BadInputError, ExhaustedError, HeteroRLError, ObjectGoneError, UnavailableError
 from services.runtime.log import get_logger
 from services.sampler.backoff import Backoff
@@ -23,6 +22,9 @@ from services.sampler.spool import Spool
 from services.sampler.tally import Tally
 from services.wire.convert import from_verdict, to_envelope, to_session
 from services.wire.types import VerdictCode
+
+if TYPE_CHECKING:  # generated stubs exist for type checkers only
+    from heterorl.v1.rollouts_pb2_grpc import RolloutServiceAsyncStub
 
 _log = get_logger("sampler.submitter")
 _READ_BYTES = 1 << 20
@@ -50,7 +52,7 @@ class Submitter:
         self,
         *,
         spool: Spool,
-        rollouts: RolloutServiceAsyncStub,
+        rollouts: "RolloutServiceAsyncStub",
         session: LearnerSession,
         tally: Tally,
         acknowledged: Callable[[int], None],
