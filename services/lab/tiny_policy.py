@@ -1,10 +1,11 @@
 """Policies small enough for a laptop: Qwen3 architecture, Hugging Face layout, made here.
 
-tiny_model     untrained Qwen3 of about 400,000 parameters over the characters of sums
+tiny_model     untrained Qwen3 of about 240,000 parameters over the characters of sums
 save_policy    model (bf16) + tokenizer -> a directory that AutoModelForCausalLM and AutoTokenizer load
 random_policy  the same for free text: random weights and a byte-level BPE tokenizer trained on that text
 """
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,12 +40,12 @@ ROLES_CHAT_TEMPLATE = (
 class PolicyShape:
     """Sizes of a Qwen3 policy; the defaults are the shipped one's."""
 
-    hidden_size: int = 128
+    hidden_size: int = 96
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 32
-    mlp_size: int = 384
+    mlp_size: int = 288
     context_tokens: int = 64
 
 
@@ -110,9 +111,10 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, shape: PolicyShape, *, seed: 
 
 
 def save_policy(directory: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Writes the model as bf16 safetensors with config and tokenizer. `model` itself is converted to bf16."""
+    """Writes the model as bf16 safetensors with config and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    model.bfloat16().save_pretrained(directory)
+    # A copy: the cast also rounds the rotary frequencies, which are not stored, and so would change the original.
+    copy.deepcopy(model).bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     # transformers 5 writes a class name that releases before it do not know; both know this one.
     settings = directory / "tokenizer_config.json"
