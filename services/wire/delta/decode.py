@@ -38,6 +38,8 @@ class Survey:
 
     info: UpdateInfo
     forms: list[TensorForm]
+    """Sorted by name."""
+
     digests: dict[str, bytes]
 
 
@@ -130,7 +132,7 @@ def survey(sources: Sequence[Source]) -> Survey:
         _check_cover(form, segments.get(form.name, []))
     if root_of_digests(forms.values(), digests) != infos[0].target_root:
         raise CorruptObjectError("the digests of an update do not make its target root: fetch a keyframe")
-    return Survey(info=merge_infos(infos), forms=list(forms.values()), digests=digests)
+    return Survey(info=merge_infos(infos), forms=[forms[name] for name in sorted(forms)], digests=digests)
 
 
 def _check_base_needed(part: Part) -> None:

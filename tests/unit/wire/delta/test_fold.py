@@ -1,5 +1,7 @@
 """Squashed deltas do what the single ones did one after another, without the weights."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ def history(densities: list[float], codec: str = "sx") -> tuple[list[Policy], li
         versions.append(nudged(rng, versions[-1], density))
     deltas = [
         encode_delta(old, new, run_id="run", base_version=number, target_version=number + 1, codec=codec)
-        for number, (old, new) in enumerate(zip(versions, versions[1:], strict=False))
+        for number, (old, new) in enumerate(pairwise(versions))
     ]
     return versions, deltas
 

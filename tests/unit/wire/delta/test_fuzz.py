@@ -1,5 +1,6 @@
 """Whatever the bytes, decoding raises one of our errors or returns weights with the root that was asked for."""
 
+import json
 from functools import cache
 
 import numpy as np
@@ -61,13 +62,13 @@ def decode_or_refuse(part: bytes) -> None:
     assert root_of(result) == root
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(kind=KINDS, edits=EDITS)
 def test_mutated_files_are_refused_or_right(kind: str, edits: list[tuple[str, float, bytes]]) -> None:
     decode_or_refuse(mutate(sound_part(kind), edits))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(kind=KINDS, edits=EDITS, within=st.floats(0, 1))
 def test_mutated_headers_with_a_valid_check_are_refused_or_right(
     kind: str, edits: list[tuple[str, float, bytes]], within: float
@@ -79,7 +80,7 @@ def test_mutated_headers_with_a_valid_check_are_refused_or_right(
     decode_or_refuse(seal(part[:cut] + text + part[length:]))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(kind=KINDS, entry=st.integers(0, 20), edits=EDITS)
 def test_mutated_entries_with_a_valid_check_are_refused_or_right(
     kind: str, entry: int, edits: list[tuple[str, float, bytes]]
@@ -90,7 +91,7 @@ def test_mutated_entries_with_a_valid_check_are_refused_or_right(
     decode_or_refuse(edited(part, entries=lambda blocks: blocks.update({name: mutate(blocks[name], edits)})))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(edits=EDITS)
 def test_mutated_tables_inside_a_sound_frame_are_refused_or_right(edits: list[tuple[str, float, bytes]]) -> None:
     part = sound_part("sx")
@@ -99,7 +100,7 @@ def test_mutated_tables_inside_a_sound_frame_are_refused_or_right(edits: list[tu
     decode_or_refuse(edited(part, entries=lambda blocks: blocks.update(__table__=frame)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.binary(max_size=200))
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
     for attempt in (data, HEADER_LENGTH.pack(len(data)) + data):
@@ -110,7 +111,7 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
         raise AssertionError("arbitrary bytes were taken for an update")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     document=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -124,8 +125,6 @@ def test_arbitrary_bytes_are_refused(data: bytes) -> None:
     )
 )
 def test_any_json_header_is_parsed_or_refused(document: object) -> None:
-    import json
-
     text = json.dumps(document).encode()
     try:
         header = parse_header(text[: header_bytes(HEADER_LENGTH.pack(len(text)), len(text) + 8)], len(text) + 8)
