@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from services.runtime.config import add_config_arguments, load
-from services.runtime.log import LogSection, configure
+from services.runtime.log import configure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     path = cast("Path | None", arguments.config)
     config = load(LearnerConfig, path, arguments.overrides, os.environ).value
-    configure(LogSection())
+    configure(config.log)
     from services.learner.preflight import preflight
 
     inputs = preflight(config)

@@ -35,6 +35,7 @@ from services.learner.run_settings import run_settings, store_model_files
 from services.learner.run_state import Activity, RunState
 from services.learner.serving import LearnerServer, LearnerServices
 from services.learner.status import Observed
+from services.learner.telemetry import LearnerCollector
 from services.learner.traffic import Traffic
 from services.learner.trainer import Trainer, TrainerSettings
 from services.learner.versions import VersionFiles
@@ -43,6 +44,7 @@ from services.runtime.errors import ConfigError
 from services.runtime.files import atomic_write, locked_directory
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
+from services.runtime.metrics import Metrics
 from services.wire.convert import model_files_sha256
 from services.wire.signing import ManifestSigner
 from services.wire.types import RunSettings
@@ -69,20 +71,26 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
     state = RunState()
     with locked_directory(state_dir):
         server = LearnerServer(inputs.address, inputs.credentials)
-        atomic_write(state_dir / ADDRESS_NAME, f"{server.address}\n".encode())
+        address_file = state_dir / ADDRESS_NAME
+        address_file.unlink(missing_ok=True)  # of a learner that was killed
         learner = await assemble(process, config, inputs, state)
         parts, plane = learner.parts, learner.parts.plane
         intake = process.tasks.create_task(plane.run())
         drain = asyncio.Event()
         loop = RunLoop(parts)
+        metrics = Metrics("learner")
+        metrics.registry.register(LearnerCollector(learner.observed.status, asyncio.get_running_loop()))
         async with server.serving(_services(config, learner, drain), plane.sessions, drain):
+            atomic_write(address_file, f"{server.address}\n".encode())
             print(f"learner listens on {server.address}", flush=True)
             process.ready(f"serving run {config.run.id} on {server.address}")
-            await loop.run()
+            with metrics.served(config.listen.metrics_address):
+                await loop.run()
             state.switch(Activity.FINISH)
             if loop.finished or parts.control.asked:
                 final_root = parts.publisher.latest.version.root
                 await send_home(plane, final_root, config.lease.heartbeat_s)
+        address_file.unlink(missing_ok=True)
         await plane.flush()
         if loop.finished:
             await asyncio.to_thread(_export, learner)

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from services.learner.losses.settings import LossSettings
 from services.runtime.config import Section
+from services.runtime.log import LogSection
 from services.wire.tls import TlsFiles
 
 
@@ -207,6 +208,7 @@ class LearnerConfig(Section):
     publish: PublishSection = PublishSection()
     lease: LeaseSection = LeaseSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
 
     @model_validator(mode="after")
     def _tls_or_insecure(self) -> "LearnerConfig":

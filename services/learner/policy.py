@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from services.learner.config import PolicySection
 from services.learner.model_files import read_model_files
@@ -68,6 +69,7 @@ def load_policy(settings: PolicySection) -> Policy:
     Raises as `read_model_files` does, ConfigError (tokenizer does not load, unknown architecture, no such device),
     InvalidWeightsError (weights that do not fit the config, or are not finite).
     """
+    transformers_logging.disable_progress_bar()  # the log is one JSON object per line
     files = read_model_files(settings.path)
     device = pick_device(settings.device)
     _check_tokenizer(settings.path)

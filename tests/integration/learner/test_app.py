@@ -98,4 +98,4 @@ async def test_evaluation_gates_the_first_step_and_closes_the_run(tmp_path: Path
     summary = json.loads((config.run.state_dir / "summary.json").read_text())
     assert 0 <= summary["accuracy_start"] <= 1.25
     assert 0 <= summary["accuracy_end"] <= 1.25
-    assert (config.run.state_dir / ADDRESS_NAME).exists()
+    assert not (config.run.state_dir / ADDRESS_NAME).exists()
