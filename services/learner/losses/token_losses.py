@@ -17,7 +17,8 @@ def grpo(rows: Rows) -> Terms:
 def gspo_token(rows: Rows) -> Terms:
     """min(S_t A, clip(S_t) A), S_t = sg[S] · p_t / sg[p_t], [B, T]: the sequence's weight, the token's gradient.
 
-    Equal to gspo, in value and gradient, as long as A is the sequence's and s a mean. GSPO-token, arXiv 2507.18071, eq. 13 and 14.
+    Equal to gspo, in value and gradient, as long as A is the sequence's and s a mean.
+    GSPO-token, arXiv 2507.18071, eq. 13 and 14.
     """
     log_s_B = (rows.log_p_B - rows.log_q_B).detach()
     log_weight_BT = log_s_B[:, None] + rows.log_p_BT - rows.log_p_BT.detach()
