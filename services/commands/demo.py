@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _loss(name: str) -> "LossName":
     from services.learner.losses.settings import LossName
 
-    if name not in LossName:
+    if name not in list(LossName):
         near = get_close_matches(name, list(LossName), n=3, cutoff=0.0)
         raise UsageError(f"no loss is called {name!r}: nearest are {', '.join(near)}")
     return LossName(name)

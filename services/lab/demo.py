@@ -70,7 +70,7 @@ class Demo:
     def _tell(self, text: str) -> None:
         self._story.tell(text)
         if not self._console.is_terminal:
-            self._console.print(self._story.events[-1], highlight=False)
+            self._console.print(self._story.events[-1], highlight=False, soft_wrap=True)
 
     def _interrupt(self) -> None:
         self._tell("interrupted: the learner drains, then the report is written")
@@ -108,7 +108,7 @@ class Demo:
                     if status.step > last_step:
                         self._story.rewards.append(status.metrics.get("reward_mean", 0.0))
                         if not self._console.is_terminal and status.step // 10 > last_step // 10:
-                            self._console.print(_line(status), highlight=False)
+                            self._console.print(_line(status), highlight=False, soft_wrap=True)
                         last_step = status.step
                     screen.update(render(status, self._story.rewards, self._story.events[-8:]))
 

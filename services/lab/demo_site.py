@@ -34,7 +34,7 @@ class Link:
 class DemoSettings:
     """What a demo trains, and over what."""
 
-    steps: int = 120
+    steps: int = 100
     loss: LossName = LossName.GEPO
     max_staleness: int = 8
     groups_per_step: int = 24
@@ -110,7 +110,7 @@ class Site:
             batch=learner_config.BatchSection(groups_per_step=s.groups_per_step),
             loss=LossSettings(name=s.loss),
             optimizer=learner_config.OptimizerSection(lr=s.lr, warmup_steps=5),
-            lease=learner_config.LeaseSection(ttl_s=10, heartbeat_s=1, session_ttl_s=4),
+            lease=learner_config.LeaseSection(ttl_s=10, heartbeat_s=1, session_ttl_s=4, ahead=0.5),
             checkpoint=learner_config.CheckpointSection(every_steps=0),
         )
 

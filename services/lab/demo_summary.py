@@ -8,6 +8,7 @@ from typing import cast
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from services.monitor.views import human_bytes
 
@@ -42,11 +43,13 @@ def print_summary(out: Path, console: Console) -> None:
     if (out / "policy").is_dir():
         prompt, answer = ask(out / "policy", "358+467=")
         console.print(f"the exported policy answers: {prompt}[bold]{answer}[/]")
-    console.print(f"report: {out / 'report.html'}   summary: {out / 'summary.json'}   policy: {out / 'policy'}")
+    for name in ("report.html", "summary.json", "metrics.jsonl", "policy"):
+        console.print(f"{out / name}", highlight=False, soft_wrap=True)
 
 
 def ask(policy: Path, prompt: str) -> tuple[str, str]:
     """Greedy answer of a Hugging Face directory to one prompt."""
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(policy)
     model = AutoModelForCausalLM.from_pretrained(policy)
     messages = [{"role": "user", "content": prompt}]

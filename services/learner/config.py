@@ -175,8 +175,9 @@ class LeaseSection(Section):
     """Time between a sampler's heartbeats, in seconds."""
     session_ttl_s: float = Field(default=35.0, gt=0)
     """A sampler that is silent for longer is lost, in seconds."""
-    ahead: float = Field(default=1.0, ge=0)
-    """Pacing: groups out or waiting may reach (max_staleness × ahead + 1) × groups_per_step."""
+    ahead: float = Field(default=0.5, ge=0)
+    """Pacing: groups out or waiting may reach (max_staleness × ahead + 1) × groups_per_step. The rest of the window is
+    for links and swaps: at 1 the queue alone uses it up, and groups arrive stale."""
 
 
 class CheckpointSection(Section):

@@ -141,7 +141,7 @@ def _figures(run: Run) -> list[str]:
     if seconds:
         figures.append(plots.time_by_activity(seconds))
     wanted: list[tuple[str, dict[str, str], bool]] = [
-        ("Importance weight: variance", {"weight_variance": "variance"}, False),
+        ("Importance weight: variance", {"weight_var": "variance"}, False),
         ("Clipped share", {"clip_share": "clip share"}, False),
         ("KL between learner and samplers", {"kl_k1": "k1", "kl_k2": "k2", "kl_k3": "k3"}, False),
         ("Gradient norm", {"grad_norm": "gradient norm"}, False),
