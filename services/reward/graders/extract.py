@@ -42,6 +42,9 @@ _SPELLING = re.compile(
 )
 
 
+_ROOT_SIGN = re.compile(r"√\s*(\d+|[A-Za-z])")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
     """One `\\boxed{...}`; `content` is None if its bracket is never closed."""
@@ -121,31 +124,29 @@ def phrase_answer(text: str) -> str | None:
     return rest[: end.start()] if end else rest
 
 
-def last_math(text: str) -> str | None:
-    """The content of the last `$...$`, `\\(...\\)` or `\\[...\\]`."""
-    last = None
-    for match in _MATH.finditer(text[-_TAIL_CHARS:]):
-        last = match[1] or match[2] or match[3]
-    return last
+def formulas(text: str) -> list[str]:
+    """The contents of each `$...$`, `\\(...\\)` and `\\[...\\]` near the end of `text`."""
+    return [match[1] or match[2] or match[3] for match in _MATH.finditer(text[-_TAIL_CHARS:])]
 
 
-def last_number(text: str) -> str | None:
-    """The last number that stands alone: not part of a word, not a factor ("2x"), not an ordinal ("2nd")."""
+def numbers(text: str) -> list[str]:
+    """The numbers near the end that stand alone: not part of a word, no factor ("2x"), no ordinal ("2nd")."""
     tail = text[-_TAIL_CHARS:]
-    last = None
+    found: list[str] = []
     for match in _NUMBER.finditer(tail):
         glued = _GLUED.match(tail, match.end())
         if glued is not None and (_ORDINAL.match(glued[0]) or not is_unit(glued[0], glued=True)):
             continue
         sign = "-" if match["sign"] or match["sign2"] else ""
-        last = sign + match["number"] + (match["percent"] or "")
-    return last
+        found.append(sign + match["number"] + (match["percent"] or ""))
+    return found
 
 
 def clean(text: str) -> str:
     """One spelling for what LaTeX and Unicode write in several ways; drops wrappers and the full stop at the end."""
     text = text[:CLEAN_CHARS_MAX].strip()
     text = _SPELLING.sub(lambda match: _SPELLINGS[match[0]], text)
+    text = _ROOT_SIGN.sub(r"\\sqrt{\1}", text)
     before = None
     while before != text:
         before = text

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from services.reward.graders import choice, extract, guard, quantity, symbolic, words
+from services.reward.graders import choice, extract, guard, phrases, quantity, symbolic, words
 from services.reward.graders.base import Verdict
 from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
@@ -96,10 +96,11 @@ class MathGrader:
                 return self._marked(text, boxed=False, hashed=True) or "no ####"
             case "phrase":
                 phrase = extract.phrase_answer(text)
-                return "no answer phrase" if phrase is None else [_within_phrase(phrase, gold)]
+                if phrase is None:
+                    return "no answer phrase"
+                return [phrases.within(phrase, number_wanted=gold.number is not None)]
             case "last_number":
-                number = extract.last_number(text)
-                return "no number" if number is None else [number]
+                return extract.numbers(text)[-1:] or "no number"
             case "choice":
                 return self._marked(text, boxed=True, hashed=True) or _unmarked(text, gold)
             case "whole":
@@ -192,32 +193,17 @@ def _gold_text(answer: str) -> str:
 def _unmarked(text: str, gold: Gold) -> list[str] | str:
     phrase = extract.phrase_answer(text)
     if phrase is not None:
-        return [_within_phrase(phrase, gold)]
+        return [phrases.within(phrase, number_wanted=gold.number is not None)]
     if gold.letters is not None:
         return [text.strip()] if choice.stated_letters(text[:40]) else _last_line(text)
     if gold.number is not None:
-        number = extract.last_number(text)
-        return "no number" if number is None else [number]
-    formula = extract.last_math(text)
-    if formula is not None:
-        return [formula]
-    return _last_line(text)
+        return extract.numbers(text)[-1:] or "no number"
+    return extract.formulas(text)[-1:] or _last_line(text)
 
 
 def _last_line(text: str) -> list[str] | str:
     lines = text.strip().splitlines()
     return [lines[-1]] if lines else "no answer"
-
-
-def _within_phrase(phrase: str, gold: Gold) -> str:
-    """ "18 dollars per day" as it stands; of "that she sold $18$ clips" the formula, or else the last number."""
-    if gold.number is None:
-        formula = extract.last_math(phrase)
-        return phrase if formula is None else formula
-    cleaned = extract.clean(phrase)
-    if quantity.read_quantity(cleaned) is not None or "\\" in cleaned:
-        return extract.last_math(phrase) or phrase
-    return extract.last_math(phrase) or extract.last_number(phrase) or phrase
 
 
 def _named_value(answer: str) -> str:

@@ -33,6 +33,8 @@ _TRAILING_UNIT = re.compile(
     r"|\s[A-Za-z]{2,}(?:\^\{?[23]\}?)?)\s*)$"
 )
 _NUMERIC_SIDE = re.compile(r"(?:[\d\s.,+*/()^{}\-]|\\(?:frac|sqrt|cdot|times|pi|div))+")
+_LISTED = re.compile(r"[,;]|\b(?:or|and)\b|\\(?:vee|lor|wedge|land|quad|qquad)(?![A-Za-z])|\\\\")
+_PRIME_OF_NUMBER = re.compile(r"\d\s*['\"]")
 _CONNECTIVE = re.compile(r"\b(?:or|and)\b")
 _OPENINGS, _CLOSINGS = "([{", ")]}"
 
@@ -58,6 +60,8 @@ def same_expression(gold: str, answer: str) -> str | None:
     if not _brackets_agree(gold, answer):
         return "another kind of bracket than the reference answer"
     answer = answer.split("\\approx")[0].strip()
+    if len(_EQUALS.findall(answer)) > 1 and _LISTED.search(answer) and not (_LISTED.search(gold) or _kind(gold)):
+        return "several values where one is asked"
     for side in _sides(gold, answer):
         if not _verified(gold, side):
             return "not equal to the reference answer"
@@ -77,6 +81,8 @@ def _malformed(text: str) -> str | None:
         return "its brackets do not pair up"
     if _NUMBERS_SIDE_BY_SIDE.search(text) and not _CONNECTIVE.search(text) and "matrix" not in text:
         return "two numbers side by side"
+    if _PRIME_OF_NUMBER.search(text):
+        return "a prime behind a number"
     return too_big(text)
 
 
@@ -131,9 +137,11 @@ def _brackets_agree(gold: str, answer: str) -> bool:
 def _sides(gold: str, answer: str) -> list[str]:
     """The parts of `answer` that must each equal `gold`: one, unless it is a chain of equations and gold is not."""
     parts = [part.strip() for part in _EQUALS.split(answer)]
-    if len(parts) == 1 or _EQUALS.search(gold) or _kind(answer) or "," in answer:
+    if len(parts) == 1 or _EQUALS.search(gold) or _kind(answer) or _LISTED.search(answer):
         return [answer]
-    return [parts[-1], *(part for part in parts[:-1] if _NUMERIC_SIDE.fullmatch(part))]
+    # "A = ..." may name what it computes; everything behind the first equals sign is stated as the value.
+    named = _NUMERIC_SIDE.fullmatch(parts[0]) is None
+    return parts[named:]
 
 
 @lru_cache(maxsize=512)

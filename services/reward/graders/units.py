@@ -64,6 +64,8 @@ def is_unit(suffix: str, *, glued: bool) -> bool:
     if _EXPONENT.match(plain):
         return False
     words: list[str] = re.findall(r"[A-Za-z]+", plain.replace("\\circ", ""))
+    if not words and "'" in plain:
+        return False
     if any(word.lower() in _NOT_UNITS for word in words):
         return False
     bare = plain == suffix

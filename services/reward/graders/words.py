@@ -3,7 +3,7 @@
 import re
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z'\- ]*[A-Za-z]")
+_WORDS = re.compile(r"[A-Za-z]+(?:[ '\-][A-Za-z]+)*")
 _ARTICLE = re.compile(r"^(?:the|an|a)\s+", re.IGNORECASE)
 _MATH_WORDS = frozenset(["pi", "inf", "infinity", "sin", "cos", "tan", "log", "ln", "exp", "sqrt", "or", "and"])
 
@@ -17,9 +17,9 @@ def plain_words(text: str) -> str:
 def gold_words(gold: str) -> str | None:
     """The words of a cleaned reference answer; None if it is mathematics ("ab" is a product, "\\text{ab}" a word)."""
     wrapped = _WRAPPED.fullmatch(gold)
-    plain = wrapped[1].strip() if wrapped else gold
-    if _WORDS.fullmatch(plain) is None or (wrapped is None and len(plain) < 3 and plain.lower() != "no"):
+    if wrapped is not None:
+        return plain_words(wrapped[1]) if re.search(r"[A-Za-z]", wrapped[1]) else None
+    longest = max(map(len, re.findall(r"[A-Za-z]+", gold)), default=0)
+    if _WORDS.fullmatch(gold) is None or (longest < 3 and gold.lower() != "no"):
         return None
-    if wrapped is None and _MATH_WORDS & set(plain.lower().split()):
-        return None
-    return plain_words(plain)
+    return None if _MATH_WORDS & set(gold.lower().split()) else plain_words(gold)

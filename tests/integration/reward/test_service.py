@@ -54,7 +54,7 @@ async def test_a_group_comes_back_as_the_pool_scores_it(client: RewardClient) ->
         GraderSpec(name="math", weight=-1.0, options={"extract": "hash"}),
     ]
     scores = await client.score_group(requests("7", "\\boxed{7}", "7", "none"), graders)
-    assert [one.reward for one in scores] == [1.5, 0.0, 0.0]
+    assert [one.reward for one in scores] == [1.5, 1.0, 0.0]
     assert [(part.grader, part.reward, part.weight) for part in scores[0].parts] == [
         ("math", 1.0, 1.0),
         ("format", 1.0, 0.5),
