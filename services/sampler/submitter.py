@@ -111,7 +111,7 @@ class Submitter:
         )
         try:
             async with asyncio.timeout(_WELCOME_TIMEOUT_S):
-                await call.write(rollouts_pb2.SubmitGroupsRequest(hello=hello))
+                await _written(call, rollouts_pb2.SubmitGroupsRequest(hello=hello))
                 message = await call.read()
         except TimeoutError:
             raise UnavailableError("the learner did not answer Hello") from None
@@ -142,7 +142,8 @@ class Submitter:
                     break
                 self._next_seq = envelope.seq + 1
                 self._in_flight.append((envelope.seq, len(envelope.payload)))
-                await call.write(rollouts_pb2.SubmitGroupsRequest(group=to_envelope(envelope)))
+                if not await _written(call, rollouts_pb2.SubmitGroupsRequest(group=to_envelope(envelope))):
+                    return
             else:
                 if envelopes:
                     continue
@@ -207,6 +208,15 @@ class Submitter:
     async def _forget_through(self, seq: int) -> None:
         await self._spool.delete_through(seq)
         self._acknowledged(seq)
+
+
+async def _written(call: SubmitStream, request: rollouts_pb2.SubmitGroupsRequest) -> bool:
+    """False on a stream that has ended: only a read tells why."""
+    try:
+        await call.write(request)
+    except asyncio.InvalidStateError:
+        return False
+    return True
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

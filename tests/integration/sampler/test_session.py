@@ -1,0 +1,78 @@
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from heterorl.v1 import control_pb2
+from heterorl.v1.control_pb2_grpc import ControlServiceStub
+from services.runtime.address import Address
+from services.runtime.errors import FencedError, SessionLostError, UnavailableError
+from services.sampler.session import LearnerSession
+from services.sampler.spool import Spool
+from services.wire.channel import open_channel
+from services.wire.convert import to_session
+from services.wire.types import Session
+from tests.support.scripted_learner import RUN_ID, registered, serving
+
+
+@pytest.fixture
+async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    yield spool
+    await spool.close()
+
+
+def heartbeat(channel: grpc.aio.Channel) -> "object":
+    """A call for LearnerSession.call."""
+    stub = ControlServiceStub(channel)
+    return lambda session: stub.Heartbeat(control_pb2.HeartbeatRequest(session=to_session(session)), timeout=5)
+
+
+async def test_registering_binds_the_spool_to_the_run(spool: Spool) -> None:
+    async with serving() as served:
+        session = await registered(served, spool)
+    assert spool.run_id == RUN_ID
+    assert session.session == Session(run_id=RUN_ID, sampler_id="sampler-1", learner_epoch=1, session_epoch=1)
+
+
+async def test_a_lost_session_is_renewed_once_however_many_calls_find_out(spool: Spool) -> None:
+    async with serving() as served:
+        session = await registered(served, spool)
+        served.control.heartbeat_errors = [SessionLostError("the learner restarted")] * 3
+        send = heartbeat(served.channel)
+        outcomes = await asyncio.gather(*(session.call(send) for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(outcome, UnavailableError) for outcome in outcomes)
+        assert served.control.registrations == 2
+        await session.call(send)
+        assert session.session.session_epoch == 2
+
+
+async def test_a_fenced_session_is_not_renewed(spool: Spool) -> None:
+    async with serving() as served:
+        session = await registered(served, spool)
+        served.control.heartbeat_errors = [FencedError("a newer process took over")]
+        with pytest.raises(FencedError, match="newer process"):
+            await session.call(heartbeat(served.channel))
+        assert served.control.registrations == 1
+
+
+async def test_an_absent_learner_is_tried_again_until_patience_ends(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    nobody = Address(host="127.0.0.1", port=1)
+    channel = open_channel(nobody, None, "control")
+    session = LearnerSession(
+        control=ControlServiceStub(channel),
+        learner=nobody,
+        sampler_id="sampler-1",
+        spool=spool,
+        engine=lambda: None,
+        give_up_s=1.0,
+        draw=lambda: 0.5,
+    )
+    with caplog.at_level("WARNING", logger="heterorl"), pytest.raises(UnavailableError, match="has not answered for"):
+        await session.register()
+    await channel.close()
+    assert any("learner 127.0.0.1:1 does not answer, next try in" in record.getMessage() for record in caplog.records)

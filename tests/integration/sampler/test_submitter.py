@@ -1,0 +1,103 @@
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from heterorl.v1.rollouts_pb2_grpc import RolloutServiceStub
+from services.sampler.backoff import Backoff
+from services.sampler.spool import Spool
+from services.sampler.submitter import Submitter
+from services.sampler.tally import Tally
+from tests.support.scripted_learner import ScriptedRollouts, Served, registered, serving
+
+
+@asynccontextmanager
+async def submitting(served: Served, spool: Spool, acknowledged: list[int]) -> AsyncIterator[Tally]:
+    tally = Tally()
+    submitter = Submitter(
+        spool=spool,
+        rollouts=RolloutServiceStub(served.channel),
+        session=await registered(served, spool),
+        tally=tally,
+        acknowledged=acknowledged.append,
+        backoff=Backoff(draw=lambda: 0.02),
+    )
+    task = asyncio.create_task(submitter.run())
+    try:
+        yield tally
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def fill(spool: Spool, first: int, count: int, size: int = 10) -> list[bytes]:
+    payloads = [b"%0*d" % (size, index) for index in range(first, first + count)]
+    for payload in payloads:
+        await spool.append(payload)
+    return payloads
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [3, 1, 7], [5, 5, 5, 1, 1]])
+async def test_every_group_arrives_exactly_once_whatever_is_cut(tmp_path: Path, cuts: list[int]) -> None:
+    rollouts = ScriptedRollouts(cuts=list(cuts))
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    acknowledged: list[int] = []
+    async with serving(rollouts=rollouts) as served, submitting(served, spool, acknowledged) as tally:
+        sent = await fill(spool, 0, 10)
+        async with asyncio.timeout(10):
+            await spool.empty.wait()
+            sent += await fill(spool, 10, 20)
+            await spool.empty.wait()
+        assert rollouts.journal == sent
+        assert rollouts.streams == len(cuts) + 1
+        assert acknowledged[-1] == 30
+        # Groups that were committed without an Ack: the next stream's Welcome covers them, so none is sent again.
+        assert rollouts.duplicates == 0
+        assert tally.verdicts["accepted"] <= 30 - len(cuts)
+    await spool.close()
+
+
+async def test_groups_wait_for_credit_and_one_larger_than_all_credit_goes_alone(tmp_path: Path) -> None:
+    rollouts = ScriptedRollouts(credit_bytes=100)
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    async with serving(rollouts=rollouts) as served, submitting(served, spool, []):
+        sent = [*await fill(spool, 0, 5, 40), *await fill(spool, 5, 2, 500), *await fill(spool, 7, 3, 99)]
+        async with asyncio.timeout(10):
+            await spool.empty.wait()
+        assert rollouts.journal == sent
+    await spool.close()
+
+
+async def test_nothing_leaves_the_spool_while_the_learner_is_away(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    rollouts = ScriptedRollouts()
+    async with serving(rollouts=rollouts) as served:
+        await registered(served, spool)
+        await fill(spool, 0, 4)
+    assert spool.groups == 4
+    async with serving(rollouts=rollouts) as served, submitting(served, spool, []):
+        async with asyncio.timeout(10):
+            await spool.empty.wait()
+    assert len(rollouts.journal) == 4
+    await spool.close()
+
+
+async def test_a_learner_that_lost_acknowledged_groups_gets_the_rest_as_a_new_spool(tmp_path: Path) -> None:
+    rollouts = ScriptedRollouts()
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    async with serving(rollouts=rollouts) as served, submitting(served, spool, []):
+        await fill(spool, 0, 5)
+        async with asyncio.timeout(10):
+            await spool.empty.wait()
+    rollouts.journal.clear()  # restored from an older copy
+    sent = await fill(spool, 5, 3)
+    old_id = spool.spool_id
+    async with serving(rollouts=rollouts) as served, submitting(served, spool, []):
+        async with asyncio.timeout(10):
+            await spool.empty.wait()
+    assert spool.spool_id != old_id
+    assert rollouts.journal == sent
+    await spool.close()
