@@ -23,6 +23,7 @@ _STYLE: "dict[RcKeyType, object]" = {
     "xtick.color": "#52606d",
     "ytick.color": "#52606d",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e4e7eb",
     "svg.fonttype": "none",
     "svg.hashsalt": "heterorl",  # equal data makes equal files
@@ -84,8 +85,9 @@ def staleness(histogram: Mapping[str, int], bound: int) -> str:
         axes.bar(keys, [histogram[str(key)] for key in keys], color=_THIRD, width=0.8)
         axes.axvline(bound + 0.5, color=_SECOND, linestyle="--", linewidth=1)
         axes.annotate(
-            "bound", (bound + 0.5, 1), xycoords=("data", "axes fraction"), ha="right", va="top", color=_SECOND
+            " bound", (bound + 0.5, 1), xycoords=("data", "axes fraction"), ha="left", va="top", color=_SECOND
         )
+        axes.set_xlim(-0.7, bound + 2.2)
         axes.set_xlabel("staleness (versions)")
         axes.set_ylabel("groups trained")
 
