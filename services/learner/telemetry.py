@@ -4,6 +4,7 @@ A scrape comes on a thread of its own; the state is read on the event loop, so t
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,6 +14,7 @@ from heterorl.v1 import monitor_pb2, types_pb2
 
 _ANSWER_S = 5.0
 _PREFIX = "heterorl_learner"
+_BIN = re.compile(r"staleness_\d+")
 
 _GAUGES: dict[str, tuple[str, Callable[[monitor_pb2.RunStatus], float]]] = {
     "step_count": ("Optimizer steps taken", lambda s: s.step),
@@ -71,9 +73,8 @@ def metrics_of(status: monitor_pb2.RunStatus) -> Iterator[Metric]:
     yield _labelled_counter("staleness_groups", "Groups trained, by staleness", "versions", histogram)
     yield _labelled_counter("activity_seconds", "Where time went", "activity", status.seconds_by_activity)
     for name, value in sorted(status.metrics.items()):
-        yield GaugeMetricFamily(
-            f"{_PREFIX}_step_{name}", "Of the last step: docs/gepo.md, docs/summary.md", value=value
-        )
+        if not _BIN.fullmatch(name):  # the histogram above has it, over all steps
+            yield GaugeMetricFamily(f"{_PREFIX}_step_{name}", "Of the last step: docs/summary.md", value=value)
     if status.evals:
         accuracy = status.evals[-1].accuracy
         yield GaugeMetricFamily(f"{_PREFIX}_eval_accuracy_ratio", "Of the last evaluation", value=accuracy)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
 from heterorl.v1 import control_pb2, control_pb2_grpc, rollouts_pb2, rollouts_pb2_grpc, weights_pb2, weights_pb2_grpc
 from services.runtime.address import Address
 from services.wire.channel import open_channel
@@ -38,7 +40,6 @@ from services.wire.types import (
     UpdateKind,
     Verdict,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 Reward = Callable[[str, str], float]
 
@@ -49,6 +50,7 @@ class ScriptedSampler:
     def __init__(self, address: Address, name: str, folder: Path, reward: Reward) -> None:
         self.name = name
         self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self._reward = reward
         self._channel = open_channel(address, None, "control", Identity(role=Role.SAMPLER, id=name))
         self.control = control_pb2_grpc.ControlServiceStub(self._channel)
@@ -233,7 +235,6 @@ class ScriptedSampler:
 async def dial(address: str, name: str, folder: Path, reward: Reward) -> ScriptedSampler:
     """A registered sampler whose model files lie in `folder`."""
     host, _, port = address.rpartition(":")
-    folder.mkdir(parents=True, exist_ok=True)
     sampler = ScriptedSampler(Address(host=host, port=int(port)), name, folder, reward)
     await sampler.register()
     return sampler

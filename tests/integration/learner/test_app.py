@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from services.learner.app import ADDRESS_NAME
 from tests.support.learner_in_process import running_learner, small_config
 from tests.support.scripted_sampler import dial
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def first_digit(answer: str, text: str) -> float:

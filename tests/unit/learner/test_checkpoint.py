@@ -1,0 +1,83 @@
+"""A checkpoint holds everything: the steps after it are the same as without an interruption."""
+
+from pathlib import Path
+
+import pytest
+
+from services.learner.checkpoint import Checkpoints, Position
+from services.learner.config import OptimizerSection, PolicySection
+from services.learner.losses.settings import LossSettings
+from services.learner.policy import Policy, load_policy
+from services.learner.trainer import Trainer, TrainerSettings
+from services.runtime import failpoints
+from services.runtime.errors import CorruptObjectError, StorageError
+from services.wire.delta import root_of
+from tests.unit.learner.groups_of_tests import train_group
+
+
+def fresh(policy_dir: Path) -> tuple[Policy, Trainer]:
+    policy = load_policy(PolicySection(path=policy_dir, device="cpu"))
+    settings = TrainerSettings(
+        optimizer=OptimizerSection(lr=1e-3),
+        loss=LossSettings(),
+        temperature=1.0,
+        micro_batch_tokens=1000,
+        autocast=False,
+    )
+    return policy, Trainer(policy, settings)
+
+
+def at(step: int, policy: Policy, trainer: Trainer) -> Position:
+    return Position(
+        step=step,
+        version=step,
+        root=root_of(policy.wire_weights()),
+        trainer_steps=trainer.steps_taken,
+        data={"step": step},
+        counters={"evals": [0.5]},
+    )
+
+
+def test_training_goes_on_bit_for_bit_after_a_restore(tmp_path: Path, policy_dir: Path) -> None:
+    policy, trainer = fresh(policy_dir)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    trainer.step([train_group(1), train_group(2)])
+    checkpoints.write(at(1, policy, trainer), policy, trainer)
+    trainer.step([train_group(3), train_group(4)])
+    again, trainer_again = fresh(policy_dir)
+    position = Checkpoints(tmp_path, keep=2).restore(again, trainer_again)
+    assert position is not None
+    assert (position.step, position.data, position.counters) == (1, {"step": 1}, {"evals": [0.5]})
+    assert root_of(again.wire_weights()) == position.root
+    trainer_again.step([train_group(3), train_group(4)])
+    assert root_of(again.wire_weights()) == root_of(policy.wire_weights())
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, policy_dir: Path) -> None:
+    policy, trainer = fresh(policy_dir)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.write(at(step, policy, trainer), policy, trainer)
+    assert checkpoints.steps() == [3, 2]
+    masters = tmp_path / "step-00000003" / "masters.safetensors"
+    data = bytearray(masters.read_bytes())
+    data[-1] ^= 1
+    masters.write_bytes(bytes(data))
+    position = checkpoints.restore(policy, trainer)
+    assert position is not None
+    assert position.step == 2
+    (tmp_path / "step-00000002" / "state.json").write_text("{")
+    with pytest.raises(CorruptObjectError, match="no checkpoint"):
+        checkpoints.restore(policy, trainer)
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_exist(tmp_path: Path, policy_dir: Path) -> None:
+    policy, trainer = fresh(policy_dir)
+    failpoints.arm("checkpoint.before_rename=error")
+    try:
+        with pytest.raises(StorageError):
+            Checkpoints(tmp_path, keep=2).write(at(1, policy, trainer), policy, trainer)
+    finally:
+        failpoints.arm("")
+    assert Checkpoints(tmp_path, keep=2).restore(policy, trainer) is None
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,111 @@
+"""Loading a model directory: what it needs, and what is wrong with one that lacks it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from services.learner.config import PolicySection
+from services.learner.forward import Forward
+from services.learner.model_files import read_model_files
+from services.learner.policy import Policy, load_policy
+from services.runtime.errors import ConfigError, InputMissingError, InvalidWeightsError
+from services.wire.torch_bits import to_torch
+
+
+def load(directory: Path) -> Policy:
+    return load_policy(PolicySection(path=directory, device="cpu"))
+
+
+@pytest.fixture
+def copy(policy_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(policy_dir, tmp_path / "copy"))
+
+
+def test_masters_are_float32_and_tied_weights_have_one_name(policy_dir: Path) -> None:
+    policy = load(policy_dir)
+    parameters = policy.parameters()
+    assert {tensor.dtype for tensor in parameters.values()} == {torch.float32}
+    assert "model.embed_tokens.weight" in parameters
+    assert "lm_head.weight" not in parameters
+    assert policy.vocab_size == parameters["model.embed_tokens.weight"].shape[0]
+
+
+def test_wire_weights_are_the_bits_of_the_files(policy_dir: Path) -> None:
+    stored = load_file(policy_dir / "model.safetensors")
+    sent = to_torch(load(policy_dir).wire_weights())
+    assert sent.keys() == stored.keys()
+    assert all(torch.equal(sent[name].view(torch.int16), stored[name].view(torch.int16)) for name in stored)
+
+
+def test_wire_weights_do_not_follow_later_steps(policy_dir: Path) -> None:
+    policy = load(policy_dir)
+    before = policy.wire_weights()
+    kept = {name: tensor.bits.copy() for name, tensor in before.items()}
+    with torch.no_grad():
+        for tensor in policy.parameters().values():
+            tensor.add_(1.0)
+    assert all((before[name].bits == kept[name]).all() for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("config.json", InputMissingError, "config.json"),
+        ("model.safetensors", InputMissingError, "safetensors"),
+        ("tokenizer.json", InputMissingError, "tokenizer"),
+        ("chat_template.jinja", ConfigError, "chat template"),
+    ],
+)
+def test_a_missing_file_is_one_sentence(copy: Path, name: str, error: type[Exception], words: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(error, match=words):
+        read_model_files(copy)
+
+
+def test_pickled_weights_are_not_read(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(InputMissingError, match="pickles are not read"):
+        load(copy)
+
+
+def test_missing_tensors_are_refused_instead_of_made_up(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidWeightsError, match=r"lack model\.norm\.weight"):
+        load(copy)
+
+
+def test_weights_that_are_not_finite_are_refused(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidWeightsError, match=r"model\.norm\.weight"):
+        load(copy)
+
+
+def test_damaged_files_are_named(copy: Path) -> None:
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InvalidWeightsError, match="do not load"):
+        load(copy)
+
+
+def test_an_unknown_architecture_is_a_configuration_error(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model", "architectures": ["X"]}))
+    with pytest.raises(ConfigError, match="copy"):
+        load(copy)
+
+
+def test_a_device_that_is_not_here_is_a_configuration_error(policy_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.device"):
+        load_policy(PolicySection(path=policy_dir, device="tpu"))
+
+
+def test_a_plain_head_is_computed_in_chunks(policy_dir: Path) -> None:
+    assert Forward(load(policy_dir), temperature=1.0, autocast=False).in_chunks

@@ -1,0 +1,93 @@
+"""Versions become durable before they are announced, and survive a restart."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from services.runtime import failpoints
+from services.runtime.errors import HeteroRLError, StorageError
+from services.wire.delta import root_of
+from tests.unit.learner.weights_of_tests import carry_out, make_weights, nudged, open_shop
+
+
+async def test_version_zero_is_a_keyframe_and_the_next_a_small_delta(tmp_path: Path) -> None:
+    shop = open_shop(tmp_path)
+    first, second = make_weights(1), nudged(make_weights(1), 2)
+    zero = await shop.publisher.publish(0, first)
+    one = await shop.publisher.publish(1, second)
+    assert zero.root == root_of(first)
+    assert one.root == root_of(second)
+    assert one.update_bytes < zero.update_bytes / 10
+    manifest = shop.publisher.latest.version.manifest.decoded
+    assert (manifest.version, manifest.parent_root, manifest.changed) == (1, zero.root, 400)
+
+
+async def test_a_failure_before_the_row_leaves_the_old_version_and_its_baseline(tmp_path: Path) -> None:
+    shop = open_shop(tmp_path)
+    weights = make_weights(1)
+    await shop.publisher.publish(0, weights)
+    failpoints.arm("publish.after_objects=1*error->off")
+    try:
+        with pytest.raises(StorageError):
+            await shop.publisher.publish(1, nudged(weights, 2))
+    finally:
+        failpoints.arm("")
+    assert shop.publisher.latest.version.number == 0
+    assert list(open_shop(tmp_path).versions.rows) == [0]
+    other = nudged(weights, 3)
+    await shop.publisher.publish(1, other)
+    plan = await shop.planner.plan(root_of(weights), 0)
+    assert carry_out(shop, plan, weights) is not None
+
+
+async def test_weights_that_did_not_change_make_a_version_without_an_update(tmp_path: Path) -> None:
+    shop = open_shop(tmp_path)
+    weights = make_weights(1)
+    await shop.publisher.publish(0, weights)
+    await shop.publisher.publish(1, nudged(weights, 2, changes=0))
+    later = nudged(weights, 3)
+    await shop.publisher.publish(2, later)
+    await shop.publisher.publish(3, nudged(later, 4))
+    plan = await shop.planner.plan(root_of(weights), 0)
+    assert len(plan.steps) == 1, "deltas around it still fold into one"
+    result = carry_out(shop, plan, weights)
+    assert result is not None
+    assert root_of(result) == plan.target.decoded.root
+
+
+async def test_watchers_get_the_newest_version_and_skip_what_came_between(tmp_path: Path) -> None:
+    shop = open_shop(tmp_path)
+    weights = make_weights(1)
+    await shop.publisher.publish(0, weights)
+    seen = await shop.publisher.wait_for_change(None)
+    waiting = asyncio.create_task(shop.publisher.wait_for_change(seen))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    for version in (1, 2, 3):
+        weights = nudged(weights, version)
+        await shop.publisher.publish(version, weights)
+    await waiting
+    assert (await shop.publisher.wait_for_change(seen)).decoded.version == 3
+
+
+async def test_a_restore_forgets_later_versions_and_announces_under_the_new_epoch(tmp_path: Path) -> None:
+    shop = open_shop(tmp_path)
+    history = [make_weights(1)]
+    await shop.publisher.publish(0, history[0])
+    for version in (1, 2, 3):
+        history.append(nudged(history[-1], version))
+        await shop.publisher.publish(version, history[-1])
+    again = open_shop(tmp_path, epoch=2)
+    await again.publisher.restore(2, history[2], root_of(history[2]))
+    manifest = again.publisher.latest.version.manifest.decoded
+    assert (manifest.version, manifest.learner_epoch, manifest.parent_root) == (2, 2, "")
+    assert sorted(again.versions.rows) == [0, 1, 2]
+    ahead = await again.planner.plan(root_of(history[3]), 0)
+    assert [step.kind.name for step in ahead.steps] == ["KEYFRAME"], "one that is ahead is placed by its root"
+
+
+async def test_damaged_checkpoint_weights_are_refused(tmp_path: Path) -> None:
+    shop = open_shop(tmp_path)
+    with pytest.raises(HeteroRLError, match="damaged"):
+        await shop.publisher.restore(0, make_weights(1), root_of(make_weights(2)))
