@@ -110,7 +110,7 @@ class TransformersEngine:
             tokenizer = load_tokenizer(model_dir)
             model = build_model(model_dir, self._device, self._dtype)
             copy_into_model(pair_tensors(model, weights))
-            return model, tokenizer, end_token_ids(model_dir, model, tokenizer)
+            return model, tokenizer, end_token_ids(model_dir, model.config, tokenizer)
 
         self._model, tokenizer, end_ids = await asyncio.to_thread(build)
         text_config = self._model.config.get_text_config()

@@ -4,7 +4,14 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 
 from services.runtime.errors import ConfigError, InputMissingError
@@ -61,12 +68,12 @@ def build_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Pr
     return model.eval()
 
 
-def end_token_ids(model_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_token_ids(model_dir: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every id that ends a sequence: of generation_config.json, config.json and the tokenizer."""
     ids: set[int] = set()
     path = model_dir / "generation_config.json"
     stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-    for value in (stated, model.config.get_text_config().eos_token_id, tokenizer.eos_token_id):
+    for value in (stated, config.get_text_config().eos_token_id, tokenizer.eos_token_id):
         ids.update(id_ for id_ in (value if isinstance(value, list) else [value]) if isinstance(id_, int))
     return frozenset(ids)
 

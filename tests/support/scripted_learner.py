@@ -1,4 +1,4 @@
-"""A learner of a few lines on real grpc.aio, whose faults are scripted: for tests of the sampler's half of the protocol."""
+"""A learner of a few lines on real grpc.aio, whose faults are scripted: for tests of the sampler's half."""
 
 import asyncio
 import hashlib
@@ -156,7 +156,8 @@ class ScriptedWeights(weights_pb2_grpc.WeightServiceServicer):
         seen = 0
         while True:
             async with self._news:
-                await self._news.wait_for(lambda: len(self._versions) > seen)
+                while len(self._versions) <= seen:
+                    await self._news.wait()
             seen = len(self._versions)
             yield weights_pb2.WatchPolicyResponse(manifest=to_signed(self.latest))
 

@@ -69,7 +69,7 @@ async def test_an_absent_learner_is_tried_again_until_patience_ends(
         sampler_id="sampler-1",
         spool=spool,
         engine=lambda: None,
-        give_up_s=1.0,
+        give_up_s=5.0,  # longer than gRPC's own retries of one call
         draw=lambda: 0.5,
     )
     with caplog.at_level("WARNING", logger="heterorl"), pytest.raises(UnavailableError, match="has not answered for"):

@@ -1,3 +1,4 @@
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,8 @@ async def test_a_killed_sampler_keeps_every_group_that_it_promised(
     tmp_path: Path, failpoint: str, promised: list[int], on_disk: list[int]
 ) -> None:
     path = tmp_path / "spool.db"
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(path)], env={VARIABLE: failpoint}, capture_output=True, check=False
+    child = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", _CHILD, str(path)], env={VARIABLE: failpoint}, capture_output=True
     )
     assert child.returncode == -9
     assert [int(line) for line in child.stdout.split()] == promised

@@ -55,7 +55,7 @@ async def test_the_spool_of_another_run_is_set_aside_and_kept(tmp_path: Path) ->
     assert spool.groups == 0
     assert await spool.append(b"of the second run") == 1
     await spool.close()
-    kept = next(tmp_path.glob("spool.run-first.*.db"))
+    kept = _set_aside(tmp_path, "run-first")
     with sqlite3.connect(kept) as database:
         assert database.execute("SELECT payload FROM groups").fetchall() == [(b"of the first run",)]
     database.close()
@@ -66,7 +66,7 @@ async def test_a_damaged_file_is_set_aside_and_a_new_one_begun(tmp_path: Path) -
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
     assert await spool.append(b"group") == 1
     await spool.close()
-    assert next(tmp_path.glob("spool.damaged.*.db")).read_bytes().startswith(b"this is not")
+    assert _set_aside(tmp_path, "damaged").read_bytes().startswith(b"this is not")
 
 
 async def test_renumbering_starts_a_new_spool_id_at_one_and_keeps_the_groups(tmp_path: Path) -> None:
@@ -114,3 +114,7 @@ def test_group_ids_are_uuids_of_version_7_in_the_order_of_time() -> None:
     assert parsed.version == 7
     assert parsed.variant == uuid.RFC_4122
     assert parsed.int >> 80 == 1_700_000_000_000
+
+
+def _set_aside(directory: Path, reason: str) -> Path:
+    return next(directory.glob(f"spool.{reason}.*.db"))
