@@ -190,10 +190,12 @@ def measure_speeds(traces: Path, repeats: int) -> dict[str, dict[str, float]]:
     sx, xc = delta(base, new, "sx", base_root=root).parts, delta(base, new, "xc", base_root=root).parts
     keyframe = encode_keyframe(base, run_id="bench", version=0)
     full = b"".join(tensor.bits.tobytes() for tensor in base.values())
+    staging = apply_update(sx, base)
     works: dict[str, Callable[[], object]] = {
         "hash": lambda: digests_of(new),
         "sx_encode": lambda: delta(base, new, "sx", base_root=root),
         "sx_decode_verify": lambda: apply_update(sx, base),
+        "sx_decode_verify_staged": lambda: apply_update(sx, base, staging=staging),
         "xc_encode": lambda: delta(base, new, "xc", base_root=root),
         "xc_decode_verify": lambda: apply_update(xc, base),
         "keyframe_encode": lambda: encode_keyframe(base, run_id="bench", version=0),

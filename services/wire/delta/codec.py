@@ -12,7 +12,7 @@ from services.runtime.errors import InvalidWeightsError
 from services.wire.delta.density import SPLIT_FROM_DENSITY, Encoding, Split, encode_changes, read_encoded
 from services.wire.delta.exponents import EXPONENT_SHIFT, pack_by_exponent, read_by_exponent
 from services.wire.delta.layout import Chunk, gather, views_of
-from services.wire.delta.sparse import Changes, scan
+from services.wire.delta.sparse import Changes, add_to, scan
 from services.wire.delta.streams import StreamReader, pack_planes, read_planes
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, Weights
 
@@ -97,11 +97,11 @@ def write_chunk(decoded: Whole | Split | Changes | None, chunk: Chunk, base: Wei
             source = base[segment.name].bits[segment.start : segment.start + segment.count]
             if isinstance(decoded, Split):
                 np.add(source, decoded.differences[offset:stop], out=target)
-            else:
+            elif decoded is None:
                 target[:] = source
-                if decoded is not None:
-                    first, last = np.searchsorted(decoded.positions, (offset, stop))
-                    target[decoded.positions[first:last] - offset] += decoded.differences[first:last]
+            else:
+                first, last = np.searchsorted(decoded.positions, (offset, stop))
+                add_to(target, source, decoded.positions[first:last] - offset, decoded.differences[first:last])
         offset = stop
 
 

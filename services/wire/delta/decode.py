@@ -8,6 +8,7 @@ Guarantee: what is returned has the target root that the update names. The other
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from services.wire.delta.update import UpdateInfo, UpdateKind, merge_infos
 from services.wire.delta.validate import check_same_forms
 
 Source = bytes | Path
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +51,17 @@ def inspect(sources: Sequence[Source]) -> UpdateInfo:
 
 
 def apply_update(
-    parts: Sequence[Source], base: Weights | None, *, expect_root: str | None = None, workers: int = 1
+    parts: Sequence[Source],
+    base: Weights | None,
+    *,
+    expect_root: str | None = None,
+    workers: int = 1,
+    staging: Weights | None = None,
 ) -> dict[str, BitTensor]:
     """The target weights in new arrays; `base` is only read and may be None for a keyframe.
+
+    `staging`: weights of this model that nobody needs any more, such as the version before the base. Their memory is
+    used again (twice as fast as new memory), and holds nothing of use after an error.
 
     Memory: the result, and one part at a time where the parts are paths. Raises WrongBaseError (sound update, other
     base: needs a new plan), CorruptObjectError (damaged: fetch again), InvalidWeightsError (another model). Nothing is
@@ -67,12 +77,7 @@ def apply_update(
         check_same_forms(whole.forms, forms_of(base), "the update's tensors")
     else:
         base = None
-    out = {
-        form.name: BitTensor(
-            dtype=form.dtype, shape=form.shape, bits=np.empty(form.elements, BITS_TYPE[form.item_bytes])
-        )
-        for form in whole.forms
-    }
+    out = _reuse(staging, base, whole.forms) or _allocate(whole.forms)
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
             for part in load_parts(parts):
@@ -150,6 +155,28 @@ def _check_cover(form: TensorForm, segments: list[Segment]) -> None:
         end += segment.count
     if end != form.elements:
         raise CorruptObjectError(f"an update covers only {end} of {form.elements} elements of {form.name}")
+
+
+def _reuse(staging: Weights | None, base: Weights | None, forms: Sequence[TensorForm]) -> dict[str, BitTensor] | None:
+    """The staging tensors if they fit, can be written, and share nothing with the base."""
+    if staging is None or forms_of(staging) != list(forms):
+        return None
+    for form in forms:
+        bits = staging[form.name].bits
+        if not bits.flags.writeable or (base is not None and np.may_share_memory(bits, base[form.name].bits)):
+            return None
+    return dict(staging)
+
+
+def _allocate(forms: Sequence[TensorForm]) -> dict[str, BitTensor]:
+    """Tensors in one block of memory, which the system backs with huge pages: else every 4 KiB cost a page fault."""
+    sizes = [-(-form.elements * form.item_bytes // ALIGNMENT) * ALIGNMENT for form in forms]
+    arena = np.empty(sum(sizes), np.uint8)
+    tensors: dict[str, BitTensor] = {}
+    for form, start in zip(forms, accumulate(sizes, initial=0), strict=False):
+        data = arena[start : start + form.elements * form.item_bytes]
+        tensors[form.name] = BitTensor(dtype=form.dtype, shape=form.shape, bits=data.view(BITS_TYPE[form.item_bytes]))
+    return tensors
 
 
 def _decode_into(part: Part, chunk: Chunk, base: Weights | None, out: Weights) -> None:

@@ -94,6 +94,22 @@ def test_the_base_is_only_read() -> None:
     assert not any(np.shares_memory(result[name].bits, base[name].bits) for name in base)
 
 
+def test_staging_memory_is_used_again_and_never_the_base() -> None:
+    rng = np.random.default_rng(8)
+    versions = [model(rng)]
+    for _ in range(3):
+        versions.append(nudged(rng, versions[-1], 0.1))
+    staging = apply_update(delta_of(versions[0], versions[1]).parts, versions[0])
+    update = delta_of(versions[1], versions[2])
+    result = apply_update(update.parts, versions[1], staging=staging)
+    assert same(result, versions[2])
+    assert all(result[name].bits is staging[name].bits for name in result)
+    kept = apply_update(update.parts, versions[1], staging=versions[1])
+    assert same(kept, versions[2])
+    assert same(apply_update(delta_of(versions[1], versions[3]).parts, versions[1]), versions[3]), "the base is whole"
+    assert same(apply_update(update.parts, versions[1], staging={"other": tensor("BF16", [1])}), versions[2])
+
+
 def test_nothing_changed_is_a_delta_without_chunks() -> None:
     base = model(np.random.default_rng(4))
     update = delta_of(base, base)
