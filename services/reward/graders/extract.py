@@ -18,6 +18,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(
     r"\b(?:final\s+)?answer\b\s*(?:\([^()\n]{0,20}\)\s*)?(?:\*\*|__)?[^\S\n]*(?:is\b[^\S\n]*:?|:|=)\s*", re.IGNORECASE
 )
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations: 5*2=<<5*2=10>>10
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _NUMBER = re.compile(
     r"(?<![\w.\\^_])(?P<sign>(?<![\w)\]}$%])[-−–])?\s?(?:\\?[$€£¥₹]\s?)?(?P<sign2>[-−])?"
@@ -119,7 +120,7 @@ def phrase_answer(text: str) -> str | None:
         last = match
     if last is None:
         return None
-    rest = tail[last.end() :].split("\n", 1)[0]
+    rest = _CALCULATOR.sub("", tail[last.end() :].split("\n", 1)[0])
     end = _SENTENCE_END.search(rest)
     return rest[: end.start()] if end else rest
 
