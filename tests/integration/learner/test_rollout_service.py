@@ -145,6 +145,18 @@ async def test_a_fenced_session_ends_its_stream_and_the_newer_one_goes_on(tmp_pa
         assert (await stream.verdicts_for(envelope(1, group_for(lease))))[0].code is VerdictCode.ACCEPTED
 
 
+async def test_an_open_stream_is_fenced_by_a_newer_registration(tmp_path: Path) -> None:
+    async with running_learner(tmp_path) as learner, sampler(learner) as old:
+        await learner.plane.advance(0, root(0))
+        lease = (await old.lease(1))[0]
+        stream = await old.open_stream()
+        async with sampler(learner):
+            await stream.send(envelope(1, group_for(lease)))
+            with pytest.raises(FencedError, match="newer process"):
+                await raised_by(stream.call)
+        assert learner.plane.tally.acknowledged == 0
+
+
 async def test_a_newer_stream_of_the_same_sampler_ends_the_older(tmp_path: Path) -> None:
     async with running_learner(tmp_path) as learner, sampler(learner) as one:
         older = await one.open_stream()

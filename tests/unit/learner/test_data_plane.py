@@ -113,6 +113,24 @@ async def test_the_step_under_way_keeps_its_place_until_its_version_is_out(tmp_p
         assert len(await run.lease(5, version=1)) == 2
 
 
+async def test_a_group_on_its_way_to_the_disk_keeps_its_place(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path, settings(max_staleness=0))) as run:
+        await run.plane.advance(0, root(0))
+        leases = await run.lease(2)
+        failpoints.arm("journal.before_commit=1*delay(300)->off")
+        try:
+            answering = asyncio.create_task(run.answer(leases[0]))
+            async with asyncio.timeout(5):
+                while run.plane.leases.active == 2:
+                    await run.plane.leases.wait_for_change(0.01)
+            assert (run.plane.waiting, len(run.plane.buffer)) == (1, 0)
+            assert await run.lease(1) == []
+            await answering
+        finally:
+            failpoints.arm("")
+        assert (run.plane.waiting, len(run.plane.buffer)) == (1, 1)
+
+
 async def test_a_batch_whose_step_was_not_applied_is_dropped_with_its_reason(tmp_path: Path) -> None:
     async with Running(await open_plane(tmp_path, settings(max_staleness=0))) as run:
         await run.plane.advance(0, root(0))
