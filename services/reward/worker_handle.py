@@ -18,8 +18,8 @@ from services.runtime.errors import EngineError
 
 START_S = 60.0
 END_S = 10.0
-# A worker killed by the clock computed on the answer if it had used at least this share of its CPU seconds. Ordinary answers
-# need less; the rest of the wall time it may have waited for a core of a busy machine.
+# A worker killed by the clock was computing if it had used at least this share of its CPU seconds: ordinary answers
+# need less, and the rest of the wall time it may have waited for a core of a busy machine.
 CPU_SHARE_OF_ANSWER = 0.1
 
 

@@ -2,10 +2,10 @@
 
     nice -n 10 python tests/bench/bench_reward.py [--seconds 10] [--workers 1]
 
-Groups of eight go through the pool one after another per worker, as a sampler sends them. The rate per CPU second counts
-the CPU time of the pool's process and of its workers, their start left out, so it holds on a busy machine too: it is the
-rate of one core. The latency of a completion is its own grading time, that of a group what a sampler waits for; both are by
-the clock. JSON goes to tests/bench/results/reward.json.
+Groups of eight go through the pool one after another per worker, as a sampler sends them. The rate per CPU second
+counts the CPU time of the pool's process and of its workers, their start left out, so it holds on a busy machine too:
+it is the rate of one core. The latency of a completion is its own grading time, that of a group what a sampler waits
+for; both are by the clock. JSON goes to tests/bench/results/reward.json.
 """
 
 import argparse
