@@ -50,6 +50,7 @@ from services.wire.signing import ManifestSigner
 from services.wire.types import RunSettings
 
 ADDRESS_NAME = "address"
+METRICS_ADDRESS_NAME = "metrics_address"
 
 _log = get_logger("learner")
 
@@ -84,7 +85,9 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
             atomic_write(address_file, f"{server.address}\n".encode())
             print(f"learner listens on {server.address}", flush=True)
             process.ready(f"serving run {config.run.id} on {server.address}")
-            with metrics.served(config.listen.metrics_address):
+            with metrics.served(config.listen.metrics_address) as scraped:
+                if scraped is not None:
+                    atomic_write(state_dir / METRICS_ADDRESS_NAME, f"{scraped}\n".encode())
                 await loop.run()
             state.switch(Activity.FINISH)
             if loop.finished or parts.control.asked:
