@@ -72,8 +72,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
     state = RunState()
     with locked_directory(state_dir):
         server = LearnerServer(inputs.address, inputs.credentials)
-        address_file = state_dir / ADDRESS_NAME
-        address_file.unlink(missing_ok=True)  # of a learner that was killed
+        _forget_addresses(state_dir)  # of a learner that was killed
         learner = await assemble(process, config, inputs, state)
         parts, plane = learner.parts, learner.parts.plane
         intake = process.tasks.create_task(plane.run())
@@ -82,7 +81,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
         metrics = Metrics("learner")
         metrics.registry.register(LearnerCollector(learner.observed.status, asyncio.get_running_loop()))
         async with server.serving(_services(config, learner, drain), plane.sessions, drain):
-            atomic_write(address_file, f"{server.address}\n".encode())
+            atomic_write(state_dir / ADDRESS_NAME, f"{server.address}\n".encode())
             print(f"learner listens on {server.address}", flush=True)
             process.ready(f"serving run {config.run.id} on {server.address}")
             with metrics.served(config.listen.metrics_address) as scraped:
@@ -93,7 +92,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
             if loop.finished or parts.control.asked:
                 final_root = parts.publisher.latest.version.root
                 await send_home(plane, final_root, config.lease.heartbeat_s)
-        address_file.unlink(missing_ok=True)
+        _forget_addresses(state_dir)
         await plane.flush()
         if loop.finished:
             await asyncio.to_thread(_export, learner)
@@ -204,6 +203,11 @@ def _services(config: LearnerConfig, learner: Learner, drain: asyncio.Event) -> 
         monitor=MonitorService(learner.observed.status, parts.records, drain),
         admin=AdminService(parts.plane.sessions, parts.control),
     )
+
+
+def _forget_addresses(state_dir: Path) -> None:
+    for name in (ADDRESS_NAME, METRICS_ADDRESS_NAME):
+        (state_dir / name).unlink(missing_ok=True)
 
 
 def _export(learner: Learner) -> None:

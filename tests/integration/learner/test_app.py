@@ -4,10 +4,14 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.learner.app import ADDRESS_NAME
+from services.runtime.errors import UnavailableError
+from services.runtime.lifecycle import explain
+from services.runtime.log import get_logger
 from tests.support.learner_in_process import running_learner, small_config
 from tests.support.scripted_sampler import dial
 
@@ -100,3 +104,49 @@ async def test_evaluation_gates_the_first_step_and_closes_the_run(tmp_path: Path
     assert 0 <= summary["accuracy_start"] <= 1.25
     assert 0 <= summary["accuracy_end"] <= 1.25
     assert not (config.run.state_dir / ADDRESS_NAME).exists()
+
+
+async def test_online_mode_trains_only_groups_of_the_newest_version(tmp_path: Path, policy_dir: Path) -> None:
+    config = small_config(tmp_path, policy_dir, staleness={"max_staleness": 0})
+    async with running_learner(config) as learner:
+        sampler = await dial(learner.address, "eu-1", tmp_path / "sampler", first_digit)
+        await sampler.work()
+        await learner.ended
+        await sampler.close()
+    summary = json.loads((config.run.state_dir / "summary.json").read_text())
+    assert summary["staleness_histogram"] == {"0": 6}
+    assert summary["final_version"] == 3
+
+
+async def test_a_port_in_use_is_one_sentence(tmp_path: Path, policy_dir: Path) -> None:
+    async with running_learner(small_config(tmp_path, policy_dir)) as learner:
+        listen = {"address": learner.address, "insecure": True}
+        other = small_config(tmp_path, policy_dir, listen=listen, run={"id": "b", "state_dir": tmp_path / "b"})
+        with pytest.raises(ExceptionGroup) as caught:
+            async with running_learner(other):
+                pass
+        error = explain(caught.value, get_logger("test"))
+        assert isinstance(error, UnavailableError)
+        assert error.exit_code == 69
+        assert "in use" in str(error)
+
+
+async def test_a_second_learner_on_one_state_dir_is_refused(tmp_path: Path, policy_dir: Path) -> None:
+    config = small_config(tmp_path, policy_dir)
+    async with running_learner(config):
+        with pytest.raises(ExceptionGroup) as caught:
+            async with running_learner(config):
+                pass
+        assert "is in use by process" in str(explain(caught.value, get_logger("test")))
+
+
+async def test_a_data_set_or_run_that_changed_is_refused_at_a_restart(tmp_path: Path, policy_dir: Path) -> None:
+    config = small_config(tmp_path, policy_dir)
+    async with running_learner(config) as learner:
+        learner.process.request_drain("at once")
+        await learner.ended
+    config.data.train.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    with pytest.raises(ExceptionGroup) as caught:
+        async with running_learner(config):
+            pass
+    assert "has changed since the checkpoint" in str(explain(caught.value, get_logger("test")))
