@@ -37,9 +37,9 @@ class DemoSettings:
     steps: int = 100
     loss: LossName = LossName.GEPO
     max_staleness: int = 8
-    groups_per_step: int = 24
+    groups_per_step: int = 16
     group_size: int = 8
-    lr: float = 3e-4
+    lr: float = 1e-4
     seed: int = 0
     links: tuple[Link, ...] = (Link(rtt_ms=100, rate_mbit_s=50), Link(rtt_ms=200, rate_mbit_s=20))
     eval_every_steps: int = 20
