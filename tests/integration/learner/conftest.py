@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from services.lab.tiny_policy import PolicyShape, character_tokenizer, save_policy, tiny_model
 
 SMALL = PolicyShape(hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_size=48, context_tokens=64)
