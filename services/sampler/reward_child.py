@@ -41,6 +41,7 @@ class RewardChild:
             "-m",
             "services.sampler.tied_process",
             str(os.getpid()),
+            "services.cli",
             "reward",
             "serve",
             "--listen",
