@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGCHLD, _note_child)
     signal.set_wakeup_fd(wake_write.fileno())
     children: dict[int, int] = {}
-    control.send(b"{}")
+    with suppress(OSError):  # the pool has gone meanwhile: the socket's end is read below
+        control.send(b"{}")
     with selectors.DefaultSelector() as selector:
         selector.register(control, selectors.EVENT_READ)
         selector.register(wake_read, selectors.EVENT_READ)
