@@ -78,6 +78,7 @@ class LearnerSession:
         before), RefusedError (identity), FencedError.
         """
         backoff = Backoff(self._draw)
+        _log.info(f"registering with learner {self._learner}", learner=self._learner)
         while True:
             try:
                 response = await self._control.Register(self._request(), timeout=_TIMEOUT_S, wait_for_ready=False)
@@ -86,13 +87,14 @@ class LearnerSession:
                 error = from_rpc_error(rpc_error)
                 if not isinstance(error, UnavailableError | ExhaustedError):
                     raise error from None
-            self.check_patience()
             wait_s = max(backoff.next_s(), 0.1)
+            after = "patience has ended" if self._out_of_patience else f"next try in {wait_s:.1f} s"
             _log.warning(
-                f"learner {self._learner} does not answer, next try in {wait_s:.1f} s",
+                f"learner {self._learner} does not answer, {after}",
                 learner=self._learner,
                 error=error,
             )
+            self.check_patience()
             await asyncio.sleep(wait_s)
         self._accept(response)
         await self._spool.bind(self.session.run_id)
@@ -124,9 +126,18 @@ class LearnerSession:
 
     def check_patience(self) -> None:
         """Raises UnavailableError when the learner has been silent for longer than connect.give_up_s."""
-        silent_s = time.monotonic() - self._last_contact
-        if self._give_up_s and silent_s > self._give_up_s:
-            raise UnavailableError(f"learner {self._learner} has not answered for {silent_s:.0f} s: is it running?")
+        if self._out_of_patience:
+            raise UnavailableError(
+                f"learner {self._learner} has not answered for {self._silent_s:.0f} s: is it running?"
+            )
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._last_contact
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return 0 < self._give_up_s < self._silent_s
 
     def _request(self) -> control_pb2.RegisterRequest:
         return control_pb2.RegisterRequest(

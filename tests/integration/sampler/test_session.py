@@ -69,10 +69,13 @@ async def test_an_absent_learner_is_tried_again_until_patience_ends(
         sampler_id="sampler-1",
         spool=spool,
         engine=lambda: None,
-        give_up_s=5.0,  # longer than gRPC's own retries of one call
+        give_up_s=8.0,  # at least two tries: gRPC's own retries of one call take up to 4 s
         draw=lambda: 0.5,
     )
     with caplog.at_level("WARNING", logger="heterorl"), pytest.raises(UnavailableError, match="has not answered for"):
         await session.register()
     await channel.close()
-    assert any("learner 127.0.0.1:1 does not answer, next try in" in record.getMessage() for record in caplog.records)
+    *tries, last = [record.getMessage() for record in caplog.records]
+    assert tries
+    assert all("learner 127.0.0.1:1 does not answer, next try in" in line for line in tries)
+    assert last == "learner 127.0.0.1:1 does not answer, patience has ended"
