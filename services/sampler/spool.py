@@ -35,6 +35,8 @@ class Spool:
         """Their payload bytes."""
         self.first_seq = 0
         """Lowest seq on disk; 0 when empty."""
+        self.next_seq = 1
+        """Seq of the next group."""
         self.room = asyncio.Event()
         """Set while generating may go on."""
         self.leasing_room = asyncio.Event()
@@ -82,6 +84,7 @@ class Spool:
             self.groups += 1
             self.bytes += len(payload)
             self.first_seq = self.first_seq or seq
+            self.next_seq = seq + 1
             self._signal()
             self.grew.set()
             return seq
@@ -109,7 +112,7 @@ class Spool:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def _measure(self) -> None:
-        self.groups, self.bytes, self.first_seq = await self._call(self._file.measure)
+        self.groups, self.bytes, self.first_seq, self.next_seq = await self._call(self._file.measure)
         self._signal()
 
     def _signal(self) -> None:

@@ -96,12 +96,13 @@ class SpoolFile:
             self._db.execute("UPDATE meta SET spool_id = ?", (spool_id,))
         self.spool_id = spool_id
 
-    def measure(self) -> tuple[int, int, int]:
-        """(groups, bytes of payload, lowest seq or 0)."""
+    def measure(self) -> tuple[int, int, int, int]:
+        """(groups, bytes of payload, lowest seq or 0, seq of the next group)."""
         with _storage("read"):
             query = "SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0), COALESCE(MIN(seq), 0) FROM groups"
             groups, size, first = self._db.execute(query).fetchone()
-        return groups, size, first
+            last = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'groups'").fetchone()
+        return groups, size, first, 1 + (0 if last is None else last[0])
 
     def close(self) -> None:
         self._db.close()
@@ -135,7 +136,7 @@ class SpoolFile:
         return db
 
     def _set_aside(self, reason: str) -> None:
-        groups, size, _ = self.measure()
+        groups, size, *_ = self.measure()
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.close()
         kept = self._rename(reason)

@@ -46,7 +46,7 @@ class SubmitStream(Protocol):
 
 
 class Submitter:
-    """`acknowledged` is called with the highest durable seq after each Ack."""
+    """`acknowledged` is called with the highest seq that is done with: durable at the learner, or numbered anew."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Submitter:
         self._acknowledged = acknowledged
         self._backoff = backoff or Backoff()
         self._next_seq = 0
+        self._sent_through = spool.next_seq - 1  # by an earlier process
         self._window = 0
         self._in_flight: deque[tuple[int, int]] = deque()
         self._moved = asyncio.Event()
@@ -122,9 +123,9 @@ class Submitter:
         if message.WhichOneof("message") != "welcome":
             raise BadInputError("the learner's first message was not Welcome: update one end")
         committed = message.welcome.last_committed_seq
-        await self._forget_through(committed)
-        if self._spool.first_seq > committed + 1:
+        if not self._follows(committed):
             await self._renumber(committed + 1)
+        await self._forget_through(committed)
         self._next_seq = committed + 1
         self._in_flight.clear()
         self._window = message.welcome.credit_bytes
@@ -141,6 +142,7 @@ class Submitter:
                 if envelope.seq != self._next_seq or not self._may_send(len(envelope.payload)):
                     break
                 self._next_seq = envelope.seq + 1
+                self._sent_through = max(self._sent_through, envelope.seq)
                 self._in_flight.append((envelope.seq, len(envelope.payload)))
                 if not await _written(call, rollouts_pb2.SubmitGroupsRequest(group=to_envelope(envelope))):
                     return
@@ -193,16 +195,25 @@ class Submitter:
 
     async def _on_rewind(self, expected_seq: int) -> None:
         _log.warning("rewind", expected_seq=expected_seq, next_seq=self._next_seq)
-        if self._spool.first_seq > expected_seq:
+        if not self._follows(expected_seq - 1):
             await self._renumber(expected_seq)
-            raise UnavailableError("the spool was renumbered: open a new stream")
         self._in_flight.clear()
         self._next_seq = expected_seq
 
+    def _follows(self, committed: int) -> bool:
+        """Whether this spool goes on behind seq `committed`: with what it holds or, when empty, with its next group.
+        A learner that has more than was ever sent knows a newer copy of this spool."""
+        first = self._spool.first_seq or self._spool.next_seq
+        return first - 1 <= committed <= self._sent_through
+
     async def _renumber(self, expected_seq: int) -> None:
-        """The learner lost groups that it had acknowledged (restored from a copy): what is left goes as a new spool."""
-        _log.error("learner_lost_groups", expected_seq=expected_seq, first_seq=self._spool.first_seq)
+        """One end was lost or restored from an older copy: what is left here goes as a new spool. Groups that the
+        learner has after all are duplicates by their ids. Raises UnavailableError always: Hello names the spool."""
+        last_seq = self._spool.next_seq - 1
+        _log.error("ends_disagree", expected_seq=expected_seq, first_seq=self._spool.first_seq, last_seq=last_seq)
         await self._spool.renumber()
+        self._sent_through = 0
+        self._acknowledged(last_seq)  # the old numbers mean nothing now
         raise UnavailableError("the spool was renumbered: open a new stream")
 
     async def _forget_through(self, seq: int) -> None:

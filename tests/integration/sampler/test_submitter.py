@@ -3,23 +3,40 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import grpc
 import pytest
 
+from heterorl.v1 import control_pb2
+from heterorl.v1.control_pb2_grpc import ControlServiceStub
 from heterorl.v1.rollouts_pb2_grpc import RolloutServiceStub
 from services.sampler.backoff import Backoff
+from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.sampler.submitter import Submitter
 from services.sampler.tally import Tally
+from services.wire.channel import open_channel
+from services.wire.convert import encode_group, from_lease, to_session
+from services.wire.identity import Identity, Role
+from tests.integration.learner.learner_of_tests import LearnerOfTests, running_learner
+from tests.support.data_side import group_for, root
 from tests.support.scripted_learner import ScriptedRollouts, Served, registered, serving
 
 
 @asynccontextmanager
 async def submitting(served: Served, spool: Spool, acknowledged: list[int]) -> AsyncIterator[Tally]:
+    async with submitting_on(served.channel, await registered(served, spool), spool, acknowledged) as tally:
+        yield tally
+
+
+@asynccontextmanager
+async def submitting_on(
+    channel: grpc.aio.Channel, session: LearnerSession, spool: Spool, acknowledged: list[int]
+) -> AsyncIterator[Tally]:
     tally = Tally()
     submitter = Submitter(
         spool=spool,
-        rollouts=RolloutServiceStub(served.channel),
-        session=await registered(served, spool),
+        rollouts=RolloutServiceStub(channel),
+        session=session,
         tally=tally,
         acknowledged=acknowledged.append,
         backoff=Backoff(draw=lambda: 0.02),
@@ -101,3 +118,53 @@ async def test_a_learner_that_lost_acknowledged_groups_gets_the_rest_as_a_new_sp
     assert spool.spool_id != old_id
     assert rollouts.journal == sent
     await spool.close()
+
+
+async def work(learner: LearnerOfTests, spool: Spool, count: int) -> Tally:
+    """A sampler's life with a real learner: registers, answers `count` leases, and ends when its spool is empty."""
+    await learner.plane.advance(0, root(0))
+    channel = open_channel(learner.address, None, "control", Identity(role=Role.SAMPLER, id="sampler-1"))
+    control = ControlServiceStub(channel)
+    session = LearnerSession(
+        control=control,
+        learner=learner.address,
+        sampler_id="sampler-1",
+        spool=spool,
+        engine=lambda: None,
+        give_up_s=0.0,
+    )
+    await session.register()
+    async with submitting_on(channel, session, spool, []) as tally:
+        request = control_pb2.LeasePromptsRequest(session=to_session(session.session), max_leases=count, wait_ms=1000)
+        leases = (await control.LeasePrompts(request, timeout=10)).leases
+        assert len(leases) == count
+        for lease in leases:
+            await spool.append(encode_group(group_for(from_lease(lease))))
+        async with asyncio.timeout(10):
+            await spool.empty.wait()
+    await channel.close()
+    return tally
+
+
+async def test_a_learner_that_lost_its_journal_accepts_new_groups_though_the_spool_was_empty(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    for state in ("first", "second"):
+        (tmp_path / state).mkdir()
+        async with running_learner(tmp_path / state) as learner:
+            tally = await work(learner, spool, 3)
+            assert tally.verdicts == {"accepted": 3}
+            assert len(learner.plane.buffer) == 3
+    await spool.close()
+
+
+async def test_a_spool_restored_from_an_older_copy_does_not_reuse_numbers_that_the_learner_knows(
+    tmp_path: Path,
+) -> None:
+    async with running_learner(tmp_path) as learner:
+        for name in ("spool.db", "older-copy.db"):  # an empty spool is older than any other; its id is the same
+            spool = await Spool.open(tmp_path / name, 1 << 20)
+            spool._file.spool_id = "the-same"
+            tally = await work(learner, spool, 2)
+            assert tally.verdicts == {"accepted": 2}
+            await spool.close()
+        assert len(learner.plane.buffer) == 4

@@ -13,7 +13,7 @@ async def test_seqs_rise_from_one_without_gaps_and_never_come_again(tmp_path: Pa
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
     assert [await spool.append(b"group") for _ in range(3)] == [1, 2, 3]
     await spool.delete_through(3)
-    assert (spool.groups, spool.bytes, spool.first_seq) == (0, 0, 0)
+    assert (spool.groups, spool.bytes, spool.first_seq, spool.next_seq) == (0, 0, 0, 4)
     await spool.close()
     again = await Spool.open(tmp_path / "spool.db", 1 << 20)
     assert await again.append(b"next") == 4
