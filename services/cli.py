@@ -10,6 +10,7 @@ from services.runtime.errors import HeteroRLError
 VERBS: dict[str, str] = {
     "learner": "train the policy and serve weights, prompts and acknowledgements",
     "sampler": "generate, score and submit groups for a learner",
+    "relay": "serve a learner's weights to one site from a disk cache",
     "reward": "score completions: serve on a socket, or score a file",
     "status": "print a learner's state",
     "health": "ask a service whether it serves",

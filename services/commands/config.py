@@ -14,6 +14,7 @@ from services.runtime.config_render import render_toml, toml_value
 TREES = {
     "learner": ("services.learner.config", "LearnerConfig"),
     "sampler": ("services.sampler.config", "SamplerConfig"),
+    "relay": ("services.relay.config", "RelayConfig"),
 }
 
 

@@ -41,6 +41,7 @@ from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.sampler.submitter import Submitter
 from services.sampler.tally import Tally
+from services.sampler.weight_sources import WeightSources
 from services.wire.channel import open_channel
 from services.wire.credentials import channel_credentials
 from services.wire.identity import Identity, Role, require_id
@@ -60,22 +61,28 @@ class Links:
     sampler_id: str
     control: grpc.aio.Channel
     bulk: grpc.aio.Channel
+    relay: grpc.aio.Channel | None
+    """To the relay of connect.weights."""
 
 
 async def run_sampler(config: SamplerConfig, process: Process) -> None:
     """The main coroutine. Raises HeteroRLError subclasses with the exit codes of docs/operations.md."""
     # Everything about this host that can be wrong is found before anything is dialled.
     learner = parse_target(config.connect.learner)
-    bulk_target = parse_target(config.connect.weights) if config.connect.weights else learner
+    relay_target = parse_target(config.connect.weights) if config.connect.weights else None
     credentials, identity = _credentials(config)
     engine = make_engine(config)
     async with AsyncExitStack() as stack:
         stack.enter_context(locked_directory(config.state_dir))
         control = open_channel(learner, credentials, "control", identity)
         stack.push_async_callback(control.close)
-        bulk = open_channel(bulk_target, credentials, "bulk", identity)
+        bulk = open_channel(learner, credentials, "bulk", identity)
         stack.push_async_callback(bulk.close)
-        links = Links(learner=learner, sampler_id=identity.id, control=control, bulk=bulk)
+        relay = None
+        if relay_target is not None:
+            relay = open_channel(relay_target, credentials, "bulk", identity)
+            stack.push_async_callback(relay.close)
+        links = Links(learner=learner, sampler_id=identity.id, control=control, bulk=bulk, relay=relay)
         await _Sampler(config, links, process, engine, stack).run()
 
 
@@ -116,7 +123,8 @@ class _Sampler:
         self._stack = stack
         self._tally = Tally()
         self._control = ControlServiceStub(links.control)
-        self._weights = WeightServiceStub(links.bulk)
+        relay = None if links.relay is None else WeightServiceStub(links.relay)
+        self._weights = WeightSources(WeightServiceStub(links.bulk), relay)
         self._cache = ObjectCache(config.state_dir / "objects", self._weights, _CACHE_BYTES)
 
     async def run(self) -> None:
@@ -137,7 +145,7 @@ class _Sampler:
             return
         news = asyncio.Event()
         follower = Follower(
-            weights=self._weights,
+            sources=self._weights,
             cache=self._cache,
             tally=self._tally,
             run_id=session.session.run_id,

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 
@@ -33,14 +32,12 @@ from services.sampler.backoff import Backoff
 from services.sampler.engine import Engine
 from services.sampler.object_cache import ObjectCache
 from services.sampler.tally import Tally
+from services.sampler.weight_sources import WeightSource, WeightSources
 from services.wire.convert import from_plan, from_signed
 from services.wire.delta import BitTensor, WrongBaseError, apply_update, validate_names_shapes
 from services.wire.errors import from_rpc_error
 from services.wire.signing import verify
 from services.wire.types import FetchProgress, Manifest, ObjectRef, Plan, PlanStep, SignedManifest
-
-if TYPE_CHECKING:  # generated stubs exist for type checkers only
-    from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
 
 _log = get_logger("sampler.follower")
 _PLAN_TIMEOUT_S = 30.0
@@ -64,7 +61,7 @@ class Follower:
     def __init__(
         self,
         *,
-        weights: "WeightServiceAsyncStub",
+        sources: WeightSources,
         cache: ObjectCache,
         tally: Tally,
         run_id: str,
@@ -73,7 +70,7 @@ class Follower:
         decode_workers: int = 1,
         backoff: Backoff | None = None,
     ) -> None:
-        self._weights = weights
+        self._sources = sources
         self._cache = cache
         self._tally = tally
         self._run_id = run_id
@@ -103,7 +100,7 @@ class Follower:
         """For ever: keeps the target at the newest announcement. Raises RefusedError, ConfigError from the server."""
         backoff = Backoff()
         while True:
-            call = self._weights.WatchPolicy(weights_pb2.WatchPolicyRequest(run_id=self._run_id))
+            call = self._sources.learner.stub.WatchPolicy(weights_pb2.WatchPolicyRequest(run_id=self._run_id))
             try:
                 while isinstance(message := await call.read(), weights_pb2.WatchPolicyResponse):
                     self._announce(self._check_signed(from_signed(message.manifest)))
@@ -154,31 +151,38 @@ class Follower:
 
     async def _try_to_catch_up(self) -> bool:
         """One way to the target, from GetPlan to verified weights. False: it failed, and will be tried again."""
+        if self._target is not None and self._target.root in self._refused:
+            return False  # the old version serves on, and only another version is worth a try
+        source = self._sources.current
+        error: HeteroRLError
+        retried: tuple[type[HeteroRLError], ...] = (*_RETRIED, BadInputError)
         try:
-            self._held = await self._catch_up()
-        except grpc.aio.AioRpcError as rpc_error:
-            error = from_rpc_error(rpc_error)
-            if not isinstance(error, _RETRIED):
-                raise error from None
-        except _RETRIED as found:
-            error = found
-        except InvalidWeightsError as found:
-            # The version itself is bad: the old one serves on, and only another version is worth a try.
-            self._tally.versions_refused += 1
-            target = self._target
-            _log.error("version_refused", version=None if target is None else target.version, error=found)
-            if target is not None:
-                self._refused.add(target.root)
-            return False
-        except BadInputError as found:
-            error = found
-        else:
+            self._held = await self._catch_up(source)
             self._backoff.reset()
             return True
+        except grpc.aio.AioRpcError as rpc_error:
+            error, retried = from_rpc_error(rpc_error), _RETRIED
+        except HeteroRLError as found:
+            error = found
         finally:
             self._tally.fetch = None
-        await self._prepare_retry(error)
+        if self._sources.failed(source, error):
+            self._announced.set()  # at once, from the learner: a relay's plan judges neither the version nor our copy
+        elif isinstance(error, InvalidWeightsError) and retried is not _RETRIED:
+            self._refuse(error)
+        elif isinstance(error, retried):
+            await self._prepare_retry(error)
+        else:
+            raise error
         return False
+
+    def _refuse(self, error: InvalidWeightsError) -> None:
+        """The version itself is bad."""
+        self._tally.versions_refused += 1
+        target = self._target
+        _log.error("version_refused", version=None if target is None else target.version, error=error)
+        if target is not None:
+            self._refused.add(target.root)
 
     async def _prepare_retry(self, error: HeteroRLError) -> None:
         if isinstance(error, CorruptObjectError | WrongBaseError):
@@ -189,17 +193,18 @@ class Follower:
         await asyncio.sleep(wait_s)
         self._announced.set()
 
-    async def _catch_up(self) -> HeldPolicy:
-        """Raises AioRpcError, BadInputError and its subclasses, and what ObjectCache.fetch raises."""
+    async def _catch_up(self, source: WeightSource) -> HeldPolicy:
+        """With a plan of `source`. Raises AioRpcError, BadInputError and its subclasses, UnavailableError for a plan to
+        an older version than the announced one, and what ObjectCache.fetch raises."""
         held, target = self._held, self._target
         assert target is not None, "something was announced"
         if held is not None and held.root == target.root:  # a step that changed no bit still makes a version
             return HeldPolicy(weights=held.weights, version=target.version, root=held.root)
-        if target.root in self._refused:
-            raise InvalidWeightsError(f"version {target.version} has been refused before")
         started = time.monotonic()
-        plan = await self._plan(held)
+        plan = await self._plan(source, held, target)
         manifest = self._check_signed(plan.target)
+        if (manifest.learner_epoch, manifest.version) < (target.learner_epoch, target.version):
+            raise UnavailableError(f"a plan leads to version {manifest.version}, and {target.version} is announced")
         if manifest.root in self._refused:
             raise InvalidWeightsError(f"version {manifest.version} has been refused before")
         _check_chain(plan, manifest, held)
@@ -212,26 +217,31 @@ class Follower:
         reference = base if held is None else held.weights
         await asyncio.to_thread(validate_names_shapes, base, reference, self._decode_workers)
         self._keyframe_only = False
+        self._sources.worked(source)
         self._cache.evict(())
         _log.info(
             "version_fetched",
             version=manifest.version,
             root=manifest.root,
             base_version=None if held is None else held.version,
+            plan_from=source.name,
             steps="+".join(step.kind.name.lower() for step in plan.steps),
             bytes=plan.total_bytes,
             seconds=round(time.monotonic() - started, 3),
         )
         return HeldPolicy(weights=base, version=manifest.version, root=manifest.root)
 
-    async def _plan(self, held: HeldPolicy | None) -> Plan:
+    async def _plan(self, source: WeightSource, held: HeldPolicy | None, target: Manifest) -> Plan:
+        """A relay may not have heard of the newest version yet, so it is told which one is wanted."""
         request = weights_pb2.GetPlanRequest(
             run_id=self._run_id,
             have_root=held.root if held is not None and not self._keyframe_only else "",
             have_version=0 if held is None else held.version,
+            want_version=target.version if source.is_relay else 0,
             keyframe_only=self._keyframe_only,
         )
-        return from_plan(await self._weights.GetPlan(request, timeout=_PLAN_TIMEOUT_S))
+        answer = await source.stub.GetPlan(request, timeout=_PLAN_TIMEOUT_S, wait_for_ready=source.wait_for_ready)
+        return from_plan(answer)
 
     async def _fetch_all(self, plan: Plan) -> list[tuple[PlanStep, list[Path]]]:
         progress = _Progress(self._tally, plan)

@@ -1,4 +1,4 @@
-"""Objects fetched from the learner or a relay, on disk under their names.
+"""Objects fetched from a relay or the learner, on disk under their names.
 
 state_dir/objects/<sha256>        whole and verified
 state_dir/objects/<sha256>.part   what has come so far: a cut fetch goes on from here
@@ -9,32 +9,30 @@ import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 
 from heterorl.v1 import weights_pb2
 from services.runtime import failpoints
-from services.runtime.errors import CorruptObjectError, StorageError, UnavailableError
+from services.runtime.errors import CorruptObjectError, HeteroRLError, StorageError, UnavailableError
 from services.runtime.files import storage_errors
+from services.runtime.log import get_logger
+from services.sampler.weight_sources import WeightSource, WeightSources
 from services.wire.errors import from_rpc_error
 from services.wire.objects import Chunk, file_digest, verify_chunk
 from services.wire.types import ObjectRef
 
-if TYPE_CHECKING:  # generated stubs exist for type checkers only
-    from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
-
 _STALL_S = 30.0
+
+_log = get_logger("sampler.objects")
 
 
 class ObjectCache:
     """Fetches one object at a time; keeps at most `max_bytes`, oldest first out."""
 
-    def __init__(
-        self, directory: Path, weights: "WeightServiceAsyncStub", max_bytes: int, stall_s: float = _STALL_S
-    ) -> None:
+    def __init__(self, directory: Path, sources: WeightSources, max_bytes: int, stall_s: float = _STALL_S) -> None:
         self._directory = directory
-        self._weights = weights
+        self._sources = sources
         self._max_bytes = max_bytes
         self._stall_s = stall_s
         with storage_errors(f"make folder {directory}"):
@@ -49,15 +47,32 @@ class ObjectCache:
         path = self._directory / ref.object_id
         if await asyncio.to_thread(_holds, path, ref):
             return path
+        while True:
+            source = self._sources.current
+            try:
+                await self._fetch_from(source, path, ref, received)
+            except HeteroRLError as error:
+                if not self._sources.failed(source, error):
+                    raise
+            else:
+                return path
+
+    async def _fetch_from(
+        self, source: WeightSource, path: Path, ref: ObjectRef, received: Callable[[int], None]
+    ) -> None:
         part = path.with_suffix(".part")
         with storage_errors(f"write {part}"):
-            await self._fetch_rest(part, ref, received)
+            resumed = await self._fetch_rest(source, part, ref, received)
+            if resumed and await asyncio.to_thread(file_digest, part) != ref.object_id:
+                # What lay on disk may be a relay's, or damaged: judge the source by bytes of its own alone.
+                _log.warning("part_discarded", object_id=ref.object_id)
+                part.unlink()
+                await self._fetch_rest(source, part, ref, received)
             if await asyncio.to_thread(file_digest, part) != ref.object_id:
                 part.unlink()
                 raise CorruptObjectError("a fetched object does not have its digest: a keyframe is fetched")
             failpoints.hit("fetch.before_rename")
             part.replace(path)
-        return path
 
     def evict(self, keep: Collection[str]) -> None:
         """Removes the oldest files beyond max_bytes, and parts of objects that nobody wants; never those in `keep`."""
@@ -74,11 +89,14 @@ class ObjectCache:
                     file.unlink()
                 total -= size
 
-    async def _fetch_rest(self, part: Path, ref: ObjectRef, received: Callable[[int], None]) -> None:
-        offset = await asyncio.to_thread(_prepare, part, ref)
+    async def _fetch_rest(
+        self, source: WeightSource, part: Path, ref: ObjectRef, received: Callable[[int], None]
+    ) -> bool:
+        """Completes the part; whether some of it was there before."""
+        offset = start = await asyncio.to_thread(_prepare, part, ref)
         with part.open("ab") as file:
             request = weights_pb2.FetchObjectRequest(object_id=ref.object_id, offset=offset)
-            call = self._weights.FetchObject(request)
+            call = source.stub.FetchObject(request, wait_for_ready=source.wait_for_ready)
             try:
                 while offset < ref.size_bytes:
                     async with asyncio.timeout(self._stall_s):
@@ -89,12 +107,14 @@ class ObjectCache:
                     await asyncio.to_thread(_append, file.fileno(), message.data)
                     offset += len(message.data)
                     received(len(message.data))
+                    self._sources.received_bytes[source.name] += len(message.data)
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error) from None
             except TimeoutError:
                 raise UnavailableError(f"no weights came for {self._stall_s:.0f} s") from None
             finally:
                 call.cancel()
+        return start > 0
 
 
 def _prepare(part: Path, ref: ObjectRef) -> int:

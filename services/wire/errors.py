@@ -67,6 +67,8 @@ _BY_CODE: dict[grpc.StatusCode, type[HeteroRLError]] = {
 }
 _STORAGE_RETRY_S = 30.0
 """A full disk is not free again in a second."""
+_AWAY_RETRY_S = 1.0
+"""What is away for us, a relay's learner say, may be back at any moment."""
 
 
 def code_of(error: HeteroRLError) -> grpc.StatusCode:
@@ -124,7 +126,9 @@ def _row_of(error: HeteroRLError) -> tuple[type[HeteroRLError], grpc.StatusCode,
 def _retry_after_s(error: HeteroRLError) -> float | None:
     if isinstance(error, ExhaustedError):
         return max(0.0, error.retry_after_s)
-    return _STORAGE_RETRY_S if isinstance(error, errors.StorageError) else None
+    if isinstance(error, errors.StorageError):
+        return _STORAGE_RETRY_S
+    return _AWAY_RETRY_S if isinstance(error, errors.UnavailableError) else None
 
 
 def _build(found: type[HeteroRLError], message: str, retry_after_s: float | None) -> HeteroRLError:

@@ -14,6 +14,7 @@ from services.sampler.backoff import Backoff
 from services.sampler.follower import Follower
 from services.sampler.object_cache import ObjectCache
 from services.sampler.tally import Tally
+from services.sampler.weight_sources import WeightSources
 from services.wire.delta import BitTensor, root_of
 from services.wire.signing import ManifestSigner
 from tests.support.scripted_learner import RUN_ID, ScriptedWeights, Served, serving
@@ -57,10 +58,10 @@ class Following:
 @asynccontextmanager
 async def following(served: Served, signer: ManifestSigner, directory: Path) -> AsyncIterator[Following]:
     tally = Tally()
-    stub = WeightServiceStub(served.channel)
-    cache = ObjectCache(directory, stub, 1 << 20)
+    sources = WeightSources(WeightServiceStub(served.channel))
+    cache = ObjectCache(directory, sources, 1 << 20)
     follower = Follower(
-        weights=stub,
+        sources=sources,
         cache=cache,
         tally=tally,
         run_id=RUN_ID,

@@ -19,6 +19,7 @@ def test_the_default_file_is_valid_and_its_values_are_the_defaults(process: str,
     insecure = {
         "learner": {"listen": {"insecure": True}},
         "sampler": {"connect": {"insecure": True, "sampler_id": "s"}},
+        "relay": {"connect": {"insecure": True}, "listen": {"insecure": True}},
     }
     assert tree_of(process).model_validate({**table, **insecure[process]}) == tree_of(process).model_validate(
         insecure[process]

@@ -1,0 +1,58 @@
+"""`heterorl relay`: serves a learner's weights to one site from a disk cache."""
+
+import argparse
+import os
+from pathlib import Path
+
+from services.runtime.config import add_config_arguments, load
+
+_SHORT = {
+    "upstream": "connect.upstream",
+    "listen": "listen.address",
+    "cache": "cache.dir",
+    "max_bytes": "cache.max_bytes",
+}
+"""Options that stand for a key of the config file."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--upstream", metavar="HOST:PORT", help="the learner; the same as --connect.upstream")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="where samplers ask; the same as --listen.address")
+    parser.add_argument(
+        "--tls", type=Path, metavar="DIR", help="folder of certificates, as `heterorl pki dev` makes it"
+    )
+    parser.add_argument("--identity", default="relay", help="name of our certificate in that folder (relay)")
+    parser.add_argument("--insecure", action="store_true", help="no TLS on either side: loopback addresses only")
+    parser.add_argument("--cache", metavar="DIR", help="folder of the cache; the same as --cache.dir")
+    parser.add_argument("--max-bytes", metavar="N", help="bytes that it may use; the same as --cache.max_bytes")
+    add_config_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ends with 0 after a drain; other exit codes as in docs/operations.md."""
+    from services.relay.config import RelayConfig
+    from services.runtime import log
+
+    config = load(RelayConfig, arguments.config, overrides_of(arguments), os.environ).value
+    log.configure(config.log)
+    from services.relay.app import run_relay
+    from services.runtime import lifecycle
+
+    return lifecycle.run(lambda process: run_relay(config, process), "relay")
+
+
+def overrides_of(arguments: argparse.Namespace) -> list[str]:
+    """The `--section.key=value` words: those given, and those that the short options stand for."""
+    words: list[str] = list(arguments.overrides)
+    for option, key in _SHORT.items():
+        value: str | None = getattr(arguments, option)
+        if value is not None:
+            words.append(f"--{key}={value}")
+    if arguments.tls is not None:
+        from services.wire.tls import TlsFiles
+
+        files = TlsFiles.in_directory(arguments.tls, arguments.identity)
+        words += [f"--tls.ca={files.ca}", f"--tls.certificate={files.certificate}", f"--tls.key={files.key}"]
+    if arguments.insecure:
+        words += ["--connect.insecure=true", "--listen.insecure=true"]
+    return words

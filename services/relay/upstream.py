@@ -1,0 +1,131 @@
+"""The relay as a client: what the learner announces, its plans and its objects.
+
+watch ─► latest (conflated: only the newest is kept) ─► wait_for_change, for every sampler that watches here
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import grpc
+
+from heterorl.v1 import weights_pb2
+from services.runtime.backoff import Backoff
+from services.runtime.errors import BadInputError, CorruptObjectError, ExhaustedError, ObjectGoneError, UnavailableError
+from services.runtime.log import get_logger
+from services.wire.convert import from_signed
+from services.wire.errors import from_rpc_error
+from services.wire.objects import Chunk, verify_chunk
+from services.wire.types import SignedManifest
+
+if TYPE_CHECKING:  # generated stubs exist for type checkers only
+    from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
+
+_STALL_S = 20.0
+_PLAN_S = 120.0
+"""A learner may encode a keyframe first. The answer is remembered, so it is not lost on a sampler that gave up."""
+_PLAN_AWAY_S = 3.0
+"""With the watch down the learner is probably away: samplers are not kept waiting to learn it."""
+_RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError)
+
+_log = get_logger("relay.upstream")
+
+
+class Upstream:
+    """Two stubs, so that announcements and plans do not queue behind objects."""
+
+    def __init__(
+        self, *, control: "WeightServiceAsyncStub", bulk: "WeightServiceAsyncStub", stall_s: float = _STALL_S
+    ) -> None:
+        self._control = control
+        self._bulk = bulk
+        self._stall_s = stall_s
+        self._changed = asyncio.Event()
+        self._closed = False
+        self.latest: SignedManifest | None = None
+        """Newest announcement; its signature is for samplers to check."""
+        self.connected = False
+        """Whether the watch is up."""
+        self.bytes_fetched = 0
+        """Bytes of objects that came over the wide-area link."""
+
+    async def watch(self) -> None:
+        """For ever: keeps `latest` current. Raises RefusedError, ConfigError from upstream."""
+        backoff = Backoff()
+        while True:
+            call = self._control.WatchPolicy(weights_pb2.WatchPolicyRequest())
+            try:
+                while isinstance(message := await call.read(), weights_pb2.WatchPolicyResponse):
+                    self.connected = True
+                    backoff.reset()
+                    self._announce(from_signed(message.manifest))
+            except grpc.aio.AioRpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                if not isinstance(error, _RETRIED):
+                    raise error from None
+                _log.info("watch_lost", error=error)
+            except BadInputError as error:
+                _log.error("announcement_refused", error=error)
+            finally:
+                self.connected = False
+                call.cancel()
+            await asyncio.sleep(backoff.next_delay_s())
+
+    async def wait_for_change(self, seen: SignedManifest | None) -> SignedManifest | None:
+        """*Waits for* a newest manifest that is not `seen`; *produces* it, or None once the relay drains."""
+        while not self._closed and (self.latest is None or self.latest is seen):
+            await self._changed.wait()
+        return None if self._closed else self.latest
+
+    def close(self) -> None:
+        """Ends every `wait_for_change`."""
+        self._closed = True
+        self._wake()
+
+    async def plan(self, request: weights_pb2.GetPlanRequest) -> weights_pb2.GetPlanResponse:
+        """Upstream's answer. Raises what it raised, UnavailableError when it is away."""
+        timeout_s = _PLAN_S if self.connected else _PLAN_AWAY_S
+        try:
+            return await self._control.GetPlan(request, timeout=timeout_s, wait_for_ready=self.connected)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+
+    async def fetch(self, object_id: str, offset: int) -> AsyncIterator[bytes]:
+        """Checked chunks from `offset` to the end. Raises UnavailableError (cut, stalled, a damaged chunk: ask again
+        from where it broke), and what upstream raised."""
+        call = self._bulk.FetchObject(weights_pb2.FetchObjectRequest(object_id=object_id, offset=offset))
+        try:
+            while True:
+                async with asyncio.timeout(self._stall_s):
+                    message = await call.read()
+                if not isinstance(message, weights_pb2.FetchObjectResponse):
+                    return
+                self._check(message, offset)
+                offset += len(message.data)
+                self.bytes_fetched += len(message.data)
+                yield message.data
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        except TimeoutError:
+            raise UnavailableError(f"nothing came from upstream for {self._stall_s:.0f} s") from None
+        finally:
+            call.cancel()
+
+    def _check(self, message: weights_pb2.FetchObjectResponse, offset: int) -> None:
+        try:
+            verify_chunk(Chunk(offset=message.offset, data=message.data, crc32c=message.crc32c), offset)
+        except CorruptObjectError as error:
+            raise UnavailableError(f"a chunk from upstream cannot be used: {error}") from error
+        if not message.data:
+            raise UnavailableError("upstream sent an empty chunk")
+
+    def _announce(self, manifest: SignedManifest) -> None:
+        if self.latest is not None and self.latest.manifest == manifest.manifest:
+            return  # a reconnection says again what is known
+        self.latest = manifest
+        _log.info("version_announced", version=manifest.decoded.version, root=manifest.decoded.root[:12])
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
