@@ -28,6 +28,7 @@ from services.runtime.log import get_logger
 from services.sampler.config import SamplerConfig
 from services.sampler.engine import Engine
 from services.sampler.engine_transformers import TransformersEngine
+from services.sampler.engine_vllm import VllmEngine
 from services.sampler.follower import Follower
 from services.sampler.heartbeat import Heartbeat
 from services.sampler.local_health import serve_health
@@ -90,7 +91,7 @@ def make_engine(config: SamplerConfig) -> Engine:
     """The engine of engine.kind. Raises ConfigError when this host cannot run it."""
     settings = config.engine
     if settings.kind == "vllm":
-        raise ConfigError("engine.kind is vllm, and this release has no vLLM engine: set it to transformers")
+        return VllmEngine(settings, config.state_dir)
     return TransformersEngine(
         device=settings.device,
         dtype=settings.dtype,

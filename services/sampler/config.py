@@ -28,6 +28,31 @@ class ConnectSection(Section):
     """End with exit code 69 when the learner stays away this long, in seconds; 0 waits for ever."""
 
 
+class VllmSection(Section):
+    """Settings of engine.kind = "vllm" only."""
+
+    swap: Literal["between_groups", "in_flight"] = "between_groups"
+    """When new weights come in: after the groups that run (each is of one version), or between two tokens."""
+    max_model_len: int = Field(default=0, ge=0)
+    """Longest sequence in tokens, prompt and completion; 0 takes the model's context."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory for weights and key-value cache."""
+    kv_cache_gb: float = Field(default=0.0, ge=0)
+    """Key-value cache in GiB; 0 takes what gpu_memory_utilization leaves, and 1 GiB on a CPU."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that one model is spread over."""
+    quantization: str = ""
+    """vLLM's name of a quantisation done while loading, for example "fp8"; empty for none."""
+    arguments: str = ""
+    """More of vLLM's EngineArgs, as a JSON object, for example '{"enforce_eager": true}'."""
+    staging_dir: str = ""
+    """Folder for weights on their way to vLLM; empty takes /dev/shm where they fit twice, else state_dir."""
+    start_s: float = Field(default=900.0, gt=0)
+    """Longest time that vLLM may take to load the model, in seconds."""
+    stuck_s: float = Field(default=180.0, gt=0)
+    """vLLM is restarted when it makes no progress for so long, in seconds; the first batch compiles."""
+
+
 class EngineSection(Section):
     """The generation engine on this host."""
 
@@ -41,6 +66,7 @@ class EngineSection(Section):
     """Most completions generated at the same time."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of the engine; 0 leaves the choice to the library."""
+    vllm: VllmSection = VllmSection()
 
 
 class RewardSection(Section):

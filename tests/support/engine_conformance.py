@@ -131,7 +131,7 @@ class EngineConformance:
                 assert logprob == pytest.approx(float(chosen), abs=5 * self.LOGPROB_TOLERANCE)
 
     async def test_a_completion_ends_at_its_limit_or_with_an_end_token(self, engine: Engine) -> None:
-        generated = await engine.generate(asking(completions=64, tokens=24, temperature=3.0))
+        generated = await engine.generate(asking(completions=64, tokens=24, temperature=2.0))
         stopped = [d for d in generated.completions if d.finish_reason is FinishReason.STOP]
         overlong = [d for d in generated.completions if d.finish_reason is FinishReason.LENGTH]
         assert stopped
@@ -141,8 +141,8 @@ class EngineConformance:
         assert all(len(d.token_ids) == len(d.logprobs) for d in generated.completions)
 
     async def test_a_stop_text_ends_a_completion_and_stays_in_it(self, engine: Engine) -> None:
-        free = await engine.generate(asking(completions=16, tokens=24, temperature=3.0))
-        held = await engine.generate(asking(completions=16, tokens=24, temperature=3.0, stop=("7",)))
+        free = await engine.generate(asking(completions=16, tokens=24, temperature=2.0))
+        held = await engine.generate(asking(completions=16, tokens=24, temperature=2.0, stop=("7",)))
         seven = 3 + 7
         assert any(seven in d.token_ids[:-1] for d in free.completions)
         for before, after in zip(free.completions, held.completions, strict=True):
