@@ -81,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.listen is None:
         raise UsageError(f"say where to serve: --listen {SOCKET_HELP}; or score a file: heterorl reward score")
     from services.reward.service import serve
+    from services.runtime import log
     from services.runtime.lifecycle import run as run_process
 
+    log.configure(log.LogSection())
     return run_process(lambda process: serve(process, arguments.listen, pool), "reward")
