@@ -37,7 +37,7 @@ from services.sampler.prompts import PromptCodec
 from services.sampler.reward_child import RewardChild
 from services.sampler.rollout import Rollout, limits_for
 from services.sampler.run_files import fetch_model_files
-from services.sampler.scoring import GroupScorer, reward_graders
+from services.sampler.scoring import GroupScorer, check_allowed, reward_graders
 from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.sampler.submitter import Submitter
@@ -144,6 +144,8 @@ class _Sampler:
         )
         if not await self._unless_drained(session.register()):
             return
+        if not self._config.reward.address:
+            check_allowed(reward_graders(session.settings.graders), self._config.reward)
         news = asyncio.Event()
         follower = Follower(
             sources=self._weights,
@@ -195,7 +197,7 @@ class _Sampler:
         address = settings.address
         if not address:
             socket = _socket_path(self._config.state_dir, "reward.sock")
-            child = RewardChild(socket=socket, workers=settings.workers, tally=self._tally)
+            child = RewardChild(socket=socket, settings=settings, tally=self._tally)
             await child.start()
             self._stack.push_async_callback(child.stop)
             self._spawn(child.supervise())

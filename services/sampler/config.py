@@ -78,6 +78,21 @@ class RewardSection(Section):
     """Grader processes of a reward service started here."""
     attempts: int = Field(default=3, ge=1)
     """Tries to score a group when the grader itself fails, before the group is dropped and counted."""
+    allow_code: bool = False
+    """Let the learner use the grader `code`: this host then runs programs that a model wrote, in a sandbox without
+    network. The risk is this host's: see docs/rewards.md for what the sandbox does not protect from."""
+    allow_python: tuple[str, ...] = ()
+    """Modules, with their submodules, of which the learner may have any function called, without a sandbox and with the
+    rights of this sampler's user. The risk is this host's: list only modules that were written for it."""
+
+    @model_validator(mode="after")
+    def _allowed_where_it_runs(self) -> "RewardSection":
+        if self.address and (self.allow_code or self.allow_python):
+            raise ValueError(
+                "reward.address names a running reward service: give --allow-code and --allow-python to that one, and"
+                " remove reward.allow_code and reward.allow_python here"
+            )
+        return self
 
 
 class SpoolSection(Section):

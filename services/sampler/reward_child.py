@@ -8,6 +8,7 @@ from pathlib import Path
 from services.runtime.errors import EngineError
 from services.runtime.log import get_logger
 from services.sampler.backoff import Backoff
+from services.sampler.config import RewardSection
 from services.sampler.tally import Tally
 
 _log = get_logger("sampler.reward")
@@ -19,9 +20,9 @@ _MOST_EARLY_DEATHS = 5
 class RewardChild:
     """`socket` is where it listens. Groups that are being scored when it dies are scored again."""
 
-    def __init__(self, *, socket: Path, workers: int, tally: Tally) -> None:
+    def __init__(self, *, socket: Path, settings: RewardSection, tally: Tally) -> None:
         self._socket = socket
-        self._workers = workers
+        self._settings = settings
         self._tally = tally
         self._process: asyncio.subprocess.Process | None = None
 
@@ -42,12 +43,9 @@ class RewardChild:
             "services.sampler.tied_process",
             str(os.getpid()),
             "services.cli",
-            "reward",
-            "serve",
-            "--listen",
-            self.address,
-            "--workers",
-            str(self._workers),
+            *("reward", "serve", "--listen", self.address, "--workers", str(self._settings.workers)),
+            *(["--allow-code=isolated"] if self._settings.allow_code else []),
+            *(f"--allow-python={module}" for module in self._settings.allow_python),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the sampler: groups in flight are still to be scored
         )

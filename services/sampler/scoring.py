@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from services.reward.graders import Permissions, build
 from services.reward.scorer import Score, Scorer, ScoreRequest, Status
 from services.reward.spec import GraderSpec
-from services.runtime.errors import EngineError, ExhaustedError, ScoreError, UnavailableError
+from services.runtime.errors import ConfigError, EngineError, ExhaustedError, ScoreError, UnavailableError
 from services.sampler.backoff import Backoff
+from services.sampler.config import RewardSection
 from services.wire import types as t
 
 
@@ -27,6 +29,19 @@ def reward_graders(specs: Sequence[t.GraderSpec]) -> tuple[GraderSpec, ...]:
     return tuple(
         GraderSpec(name=spec.name, weight=spec.weight, options=_json_object(spec.options_json)) for spec in specs
     )
+
+
+def check_allowed(graders: Sequence[GraderSpec], settings: RewardSection) -> None:
+    """Raises ConfigError for graders that a reward service started here would refuse.
+
+    Found out group by group, every prompt would count as one with a bad reference answer."""
+    permissions = Permissions(code="isolated" if settings.allow_code else "refused", python=settings.allow_python)
+    try:
+        build(graders, permissions)
+    except ScoreError as error:
+        raise ConfigError(
+            f"this sampler cannot score for this run: {error} Here that is reward.allow_code, reward.allow_python"
+        ) from error
 
 
 class GroupScorer:

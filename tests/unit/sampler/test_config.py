@@ -1,0 +1,48 @@
+import pytest
+
+from services.reward.spec import GraderSpec
+from services.runtime.config import load
+from services.runtime.errors import ConfigError
+from services.sampler.config import RewardSection, SamplerConfig
+from services.sampler.scoring import check_allowed
+
+INSECURE = ["--connect.insecure=true", "--connect.sampler_id=s"]
+CODE = GraderSpec(name="code")
+PYTHON = GraderSpec(name="python", options={"callable": "rewards.length:score"})
+
+
+def reward_of(*overrides: str) -> RewardSection:
+    return load(SamplerConfig, None, [*INSECURE, *overrides], {}).value.reward
+
+
+def test_graders_that_run_code_are_off_until_the_owner_of_the_host_turns_them_on() -> None:
+    assert (reward_of().allow_code, reward_of().allow_python) == (False, ())
+    given = reward_of("--reward.allow_code=true", "--reward.allow_python=rewards,more.rewards")
+    assert (given.allow_code, given.allow_python) == (True, ("rewards", "more.rewards"))
+
+
+def test_allowing_code_where_no_reward_service_is_started_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="names a running reward service"):
+        reward_of("--reward.address=unix:///run/reward.sock", "--reward.allow_code=true")
+
+
+@pytest.mark.parametrize(
+    ("grader", "settings", "allowed"),
+    [
+        (GraderSpec(name="math"), RewardSection(), True),
+        (CODE, RewardSection(), False),
+        (CODE, RewardSection(allow_code=True), True),
+        (PYTHON, RewardSection(allow_code=True), False),
+        (PYTHON, RewardSection(allow_python=("rewards",)), True),
+        (PYTHON, RewardSection(allow_python=("rewards.other",)), False),
+        (GraderSpec(name="newer"), RewardSection(), False),
+    ],
+)
+def test_a_run_whose_graders_this_host_refuses_is_found_out_at_the_start(
+    grader: GraderSpec, settings: RewardSection, allowed: bool
+) -> None:
+    if allowed:
+        check_allowed([grader], settings)
+        return
+    with pytest.raises(ConfigError, match="this sampler cannot score for this run"):
+        check_allowed([grader], settings)
