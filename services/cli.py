@@ -19,6 +19,7 @@ VERBS: dict[str, str] = {
     "report": "write a run's report.html and summary.json",
     "demo": "train a tiny policy over an emulated wide-area network, all on this machine",
     "loss": "evaluate a loss on cases from a file",
+    "lab": "experiments: staleness, theory, replay",
     "weights": "diff, apply, inspect and verify weight deltas",
     "admin": "drain, evict, pause or resume",
     "pki": "make certificates",

@@ -34,6 +34,21 @@ def gepo_plus(rows: Rows) -> Terms:
     return clipped_surrogate(rows.log_p_B - log_denominator_B, rows.advantage_B, rows.dials)
 
 
+def gepo_fresh(rows: Rows) -> Terms:
+    """min(w A, clip(w) A), w = p / D, log D = (1 - λ) log q_i + λ log max_j q_j, λ = 1 - exp(-(τ / τ0)²), [B].
+
+    τ is the row's staleness in versions, τ0 = `fresh_versions`; rows without staleness, or τ0 = 0, have λ = 1. D holds
+    no p. w is never above gspo's weight, and at λ = 1 never above gepo's either: docs/gepo.md, "Beyond the paper".
+    """
+    fresh, staleness_B = rows.dials.settings.fresh_versions, rows.prepared.staleness_B
+    log_q_B, log_max_q_B = rows.log_q_B, rows.prepared.log_max_q_B
+    if staleness_B is None or fresh == 0.0:
+        return clipped_surrogate(rows.log_p_B - log_max_q_B, rows.advantage_B, rows.dials)
+    own_B = torch.exp(-((staleness_B / fresh) ** 2))
+    log_denominator_B = own_B * log_q_B + (1.0 - own_B) * log_max_q_B
+    return clipped_surrogate(rows.log_p_B - log_denominator_B, rows.advantage_B, rows.dials)
+
+
 def defensive(rows: Rows) -> Terms:
     """min(w A, clip(w) A), w = p / ((1 - η) q + η sg[p]) ≤ 1/η, [B]. The p below is detached: gradient of w is w ∇s_p.
 

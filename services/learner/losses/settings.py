@@ -13,6 +13,7 @@ class LossName(StrEnum):
 
     GEPO = "gepo"
     GEPO_PLUS = "gepo_plus"
+    GEPO_FRESH = "gepo_fresh"
     GSPO = "gspo"
     GSPO_TOKEN = "gspo_token"
     DEFENSIVE = "defensive"
@@ -83,8 +84,8 @@ class LossSettings(Section):
     """The loss. A key that is unset takes the default of the loss that `name` picks (docs/gepo.md has the table)."""
 
     name: LossName = LossName.GEPO
-    """gepo, gepo_plus, gspo, gspo_token, defensive, gmpo, grpo, dr_grpo, bnpo, cispo, topr, tis, icepop, seq_mask or
-    decoupled_ppo."""
+    """gepo, gepo_plus, gepo_fresh, gspo, gspo_token, defensive, gmpo, grpo, dr_grpo, bnpo, cispo, topr, tis, icepop,
+    seq_mask or decoupled_ppo."""
     clip_low: float | None = Field(default=None, ge=0.0)
     """Weights below 1 - clip_low stop pushing down (gmpo: log-ratios below -clip_low). Unset: the loss's own."""
     clip_high: float | None = Field(default=None, ge=0.0)
@@ -113,6 +114,9 @@ class LossSettings(Section):
     """defensive: share of the learner's own policy in the denominator; weights stay below 1/eta."""
     gepo_plus_kl: float = Field(default=0.002, ge=0.0)
     """gepo_plus: a sequence whose mean k3 KL (nats per token) is below this divides by its own q, not by E."""
+    fresh_versions: float = Field(default=4.0, ge=0.0)
+    """gepo_fresh: staleness in versions around which the denominator goes from q_i to max_j q_j; 0 is max_j q_j at
+    once."""
     weight_cap: float | None = Field(default=None, gt=0.0)
     """Upper bound C of the importance weight of tis, icepop and seq_mask. Unset: 2, 5 and 2."""
     weight_floor: float | None = Field(default=None, ge=0.0)

@@ -32,6 +32,7 @@ def batch_of(case: Case, extra_columns: int = 0) -> Batch:
         mask_BT=mask_BT,
         rewards_B=torch.tensor(case.rewards, dtype=torch.float64),
         group_B=torch.tensor(case.groups),
+        staleness_B=None if case.staleness is None else torch.tensor(case.staleness),
         overlong_B=None if case.overlong is None else torch.tensor(case.overlong),
         proximal_logprobs_BT=None if case.prox is None else padded(case.prox, width, 2),
         reference_logprobs_BT=None if case.ref is None else padded(case.ref, width, 3),
@@ -72,6 +73,7 @@ def random_case(loss: str, seed: int, *, prompts: int = 3, size: int = 4, gap: f
         ref=[near(row) for row in logq],
         rewards=[float(rng.random() < 0.5) for _ in groups],
         groups=groups,
+        staleness=[3 * group for group in groups],
         options=dict(options),
     )
 

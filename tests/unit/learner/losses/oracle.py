@@ -13,6 +13,7 @@ CAP = 80.0
 DEFAULTS: dict[str, tuple[str, float, float, str, str]] = {
     "gepo": ("row", 0.2, 0.2, "seq_mean", "mean"),
     "gepo_plus": ("row", 0.2, 0.2, "seq_mean", "mean"),
+    "gepo_fresh": ("row", 0.2, 0.2, "seq_mean", "mean"),
     "gspo": ("row", 3e-4, 4e-4, "seq_mean", "mean_std"),
     "gspo_token": ("token", 3e-4, 4e-4, "seq_mean", "mean_std"),
     "defensive": ("row", 0.2, 0.2, "seq_mean", "mean"),
@@ -42,6 +43,7 @@ class Case:
     prox: list[list[float]] | None = None
     ref: list[list[float]] | None = None
     overlong: list[bool] | None = None
+    staleness: list[int] | None = None
     options: dict[str, object] = field(default_factory=dict)
 
     def option(self, name: str, default: object) -> object:
@@ -93,7 +95,7 @@ def evaluate(case: Case) -> Answer:
             continue
         c = coefficient[i]
         if kind == "row":
-            value, slopes, weight = row_term(case, i, adv[i], log_e[i])
+            value, slopes, weight = row_term(case, i, adv[i], log_e[i], largest(case, sound, i))
             total -= c * len(p) * value
             row = [-c * len(p) * s for s in slopes]
         else:
@@ -135,6 +137,10 @@ def expectation(case: Case, sound: list[bool], i: int) -> float | None:
     return lse([2.0 * x for x in s]) - lse(s) if s else None
 
 
+def largest(case: Case, sound: list[bool], i: int) -> float:
+    return max(seq(case, case.logq[j]) for j in range(len(sound)) if sound[j] and case.groups[j] == case.groups[i])
+
+
 def clip(case: Case) -> tuple[float, float]:
     _, low, high, _, _ = DEFAULTS[case.loss]
     return float(case.option("clip_low", low)), float(case.option("clip_high", high))
@@ -150,7 +156,7 @@ def ppo(case: Case, log_w: float, a: float) -> tuple[float, float]:
     return clipped * a, 0.0
 
 
-def row_term(case: Case, i: int, a: float, log_e: float | None) -> tuple[float, list[float], float]:
+def row_term(case: Case, i: int, a: float, log_e: float | None, log_max: float) -> tuple[float, list[float], float]:
     p, q = case.logp[i], case.logq[i]
     n = len(p)
     sp, sq = seq(case, p), seq(case, q)
@@ -171,6 +177,10 @@ def row_term(case: Case, i: int, a: float, log_e: float | None) -> tuple[float, 
         denominator = lse([math.log(1.0 - eta) + sq, math.log(eta) + sp])
     elif case.loss == "gepo":
         denominator = log_e
+    elif case.loss == "gepo_fresh":
+        tau0 = float(case.option("fresh_versions", 4.0))
+        own = 0.0 if case.staleness is None or tau0 == 0.0 else math.exp(-((case.staleness[i] / tau0) ** 2))
+        denominator = own * sq + (1.0 - own) * log_max
     elif case.loss == "gepo_plus":
         k3 = math.fsum(exp(lq - lp) - (lq - lp) - 1.0 for lp, lq in zip(p, q, strict=True)) / n
         denominator = sq if k3 < float(case.option("gepo_plus_kl", 0.002)) else log_e

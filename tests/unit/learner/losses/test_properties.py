@@ -132,3 +132,34 @@ def test_cispo_keeps_the_gradient_of_a_token_whose_weight_is_cut() -> None:
     case = Case(loss="cispo", logp=[[-0.1], [-1.0], [-1.0], [-1.0]], logq=[[-5.0], [-1.0], [-1.0], [-1.0]], **ONE_GROUP)
     gradient_B = evaluate(case)[1][:, 0].tolist()
     assert gradient_B[0] == pytest.approx(1.2 * gradient_B[2], rel=1e-12)
+
+
+def weights_of(case: Case) -> torch.Tensor:
+    return terms_of(prepare(batch_of(case), settings_of(case)), learner_of(case)).weight
+
+
+@QUICK
+@given(cases(["gepo_fresh"]), st.floats(0.0, 100.0), st.integers(0, 300))
+def test_the_gepo_fresh_weight_is_never_above_that_of_gspo(case: Case, fresh: float, staleness: int) -> None:
+    case.staleness, case.options = [staleness] * len(case.logp), {"fresh_versions": fresh}
+    weight_B = weights_of(case)
+    case.loss, case.options = "gspo", {}
+    assert bool((weight_B <= weights_of(case) * (1 + 1e-9)).all())
+
+
+@QUICK
+@given(cases(["gepo_fresh"]))
+def test_the_gepo_fresh_weight_of_a_stale_group_is_never_above_that_of_gepo(case: Case) -> None:
+    case.staleness = [1000] * len(case.logp)
+    weight_B = weights_of(case)
+    case.loss = "gepo"
+    assert bool((weight_B <= weights_of(case) * (1 + 1e-9)).all())
+
+
+@QUICK
+@given(cases(["gepo_fresh"]))
+def test_the_gepo_fresh_weight_of_a_fresh_group_is_that_of_gspo(case: Case) -> None:
+    case.staleness = [0] * len(case.logp)
+    weight_B = weights_of(case)
+    case.loss = "gspo"
+    assert torch.equal(weight_B, weights_of(case))

@@ -1,0 +1,104 @@
+"""`heterorl lab`: experiments with the learner's own code. docs/lab.md."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from services.runtime.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from services.lab.arena import Arena
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="experiment", metavar="EXPERIMENT", required=True)
+    _add_staleness(kinds.add_parser("staleness", help="losses under delay: accuracy, variance, KL, with intervals"))
+
+
+def _add_staleness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--losses", default="gepo,gspo,grpo", help="comma-separated; NAME:key=value sets [loss] keys")
+    parser.add_argument("--delays", default="0,64", help="versions (0,8,64), or kinds of delay (lognormal,weibull)")
+    parser.add_argument("--lrs", default="1e-2", help="learning rates")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each cell: 0 to N-1 (3)")
+    parser.add_argument("--task", default="fixed", help="fixed, variable or worked")
+    parser.add_argument("--policy", default="columns", help="columns, small or large (for a GPU)")
+    parser.add_argument("--device", default="cpu", help='"cpu" or "cuda"')
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (600)")
+    parser.add_argument("--links", default="weights", choices=("weights", "rollouts", "both"), help="what is delayed")
+    parser.add_argument("--paper-gspo-clip", action="store_true", help="gspo with its own 3e-4/4e-4 instead of .2/.2")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another key of the arena")
+    parser.add_argument("--out", type=Path, default=Path("runs/lab"), help="folder of results; finished cells are kept")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (2)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
+    parser.add_argument("--no-plots", action="store_true", help="draw nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return _staleness(arguments)
+
+
+def _staleness(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.lab.staleness import Grid, parse_contender, run_grid
+    from services.lab.tables import as_table, lines_of
+    from services.runtime.files import atomic_write
+
+    if arguments.seeds < 1 or arguments.workers < 1:
+        raise UsageError("--seeds and --workers must be 1 or more")
+    grid = Grid(
+        contenders=tuple(parse_contender(text, not arguments.paper_gspo_clip) for text in _words(arguments.losses)),
+        rates=tuple(_number(text) for text in _words(arguments.lrs)),
+        delays=tuple(_words(arguments.delays)),
+        seeds=arguments.seeds,
+    )
+    pairs = list(grid.cells(_arena(arguments), arguments.links))
+    progress = Console(stderr=True)
+    results = run_grid([cell for _, cell in pairs], arguments.out, arguments.workers, progress)
+    lines = lines_of([contender.label for contender, _ in pairs], results)
+    found = {"arena": results[0].cell.arena.model_dump(mode="json"), "lines": [line.as_json() for line in lines]}
+    text = json.dumps(found, allow_nan=False)
+    atomic_write(arguments.out / "staleness.json", text.encode() + b"\n")
+    if not arguments.no_plots:
+        from services.lab.plots import draw_staleness
+
+        for path in draw_staleness(lines, arguments.out):
+            progress.print(f"wrote {path}", highlight=False)
+    if arguments.json:
+        print(text)
+    else:
+        Console().print(as_table(lines, f"{arguments.task} task, {arguments.steps} steps: mean ±95 % interval"))
+    return 0
+
+
+def _arena(arguments: argparse.Namespace) -> "Arena":
+    from pydantic import ValidationError
+
+    from services.lab.arena import Arena
+
+    values = {name: getattr(arguments, name) for name in ("task", "policy", "device", "steps")}
+    for pair in arguments.set:
+        key, mark, value = pair.partition("=")
+        if not mark:
+            raise UsageError(f"--set {pair}: write KEY=VALUE, for example --set columns=4")
+        values[key] = value
+    try:
+        return Arena.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}; docs/lab.md lists the keys") from None
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise UsageError("a list on the command line is empty: give at least one value")
+    return words
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a number") from None
