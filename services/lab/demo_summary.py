@@ -3,14 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from services.monitor.views import human_bytes
+
+
+class Generates(Protocol):
+    """What a causal LM of transformers does; the library's own annotation does not fit its classes."""
+
+    def generate(self, **inputs: object) -> torch.Tensor: ...
 
 
 def print_summary(out: Path, console: Console) -> None:
@@ -54,7 +61,7 @@ def ask(policy: Path, prompt: str) -> tuple[str, str]:
     model = AutoModelForCausalLM.from_pretrained(policy)
     messages = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    output = cast("Generates", model).generate(**inputs, max_new_tokens=12, do_sample=False)
     return prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
