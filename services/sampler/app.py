@@ -142,6 +142,8 @@ class _Sampler:
             engine=lambda: self._engine.info,
             give_up_s=config.connect.give_up_s,
         )
+        # Ready from here on, for systemd: a host's boot does not wait for a learner that may start tomorrow.
+        self._process.ready(f"waiting for the learner at {self._links.learner}")
         if not await self._unless_drained(session.register()):
             return
         if not self._config.reward.address:
@@ -183,7 +185,7 @@ class _Sampler:
         self._spawn(submitter.run())
         self._spawn(rollout.run())
         await health.set_serving(True)
-        self._process.ready(f"working for run {session.session.run_id}")
+        self._process.status(f"working for run {session.session.run_id}")
         await self._process.drain.wait()
         await health.set_serving(False)
         heartbeat.draining = True
