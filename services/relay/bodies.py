@@ -11,8 +11,8 @@ ever gets the whole of an object that is not what its name says.
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Protocol
 
 from services.relay.disk_cache import DiskCache, Part
@@ -30,7 +30,7 @@ _log = get_logger("relay.objects")
 class ObjectSource(Protocol):
     """Where objects come from."""
 
-    def fetch(self, object_id: str, offset: int) -> AsyncIterator[bytes]:
+    def fetch(self, object_id: str, offset: int) -> AsyncGenerator[bytes]:
         """The bytes from `offset` to the object's end, each chunk checked. Raises HeteroRLError."""
         ...
 
@@ -157,11 +157,12 @@ class Bodies:
         last_progress_s = time.monotonic()
         while True:
             try:
-                async for data in self._source.fetch(part.object_id, part.size_bytes):
-                    await asyncio.to_thread(self._cache.append, part, data)
-                    body.grow(part.settled_bytes)
-                    last_progress_s = time.monotonic()
-                    backoff.reset()
+                async with aclosing(self._source.fetch(part.object_id, part.size_bytes)) as chunks:
+                    async for data in chunks:
+                        await asyncio.to_thread(self._cache.append, part, data)
+                        body.grow(part.settled_bytes)
+                        last_progress_s = time.monotonic()
+                        backoff.reset()
             except UnavailableError as error:
                 if time.monotonic() - last_progress_s > self._patience_s:
                     raise

@@ -4,7 +4,8 @@ watch ─► latest (conflated: only the newest is kept) ─► wait_for_change,
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 import grpc
@@ -15,7 +16,7 @@ from services.runtime.errors import BadInputError, CorruptObjectError, Exhausted
 from services.runtime.log import get_logger
 from services.wire.convert import from_signed
 from services.wire.errors import from_rpc_error
-from services.wire.objects import Chunk, verify_chunk
+from services.wire.object_reader import ObjectReader
 from services.wire.types import SignedManifest
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only
@@ -38,8 +39,7 @@ class Upstream:
         self, *, control: "WeightServiceAsyncStub", bulk: "WeightServiceAsyncStub", stall_s: float = _STALL_S
     ) -> None:
         self._control = control
-        self._bulk = bulk
-        self._stall_s = stall_s
+        self._reader = ObjectReader(bulk, stall_s=stall_s)
         self._changed = asyncio.Event()
         self._closed = False
         self.latest: SignedManifest | None = None
@@ -90,34 +90,12 @@ class Upstream:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
 
-    async def fetch(self, object_id: str, offset: int) -> AsyncIterator[bytes]:
-        """Checked chunks from `offset` to the end. Raises UnavailableError (cut, stalled, a damaged chunk: ask again
-        from where it broke), and what upstream raised."""
-        call = self._bulk.FetchObject(weights_pb2.FetchObjectRequest(object_id=object_id, offset=offset))
-        try:
-            while True:
-                async with asyncio.timeout(self._stall_s):
-                    message = await call.read()
-                if not isinstance(message, weights_pb2.FetchObjectResponse):
-                    return
-                self._check(message, offset)
-                offset += len(message.data)
-                self.bytes_fetched += len(message.data)
-                yield message.data
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
-        except TimeoutError:
-            raise UnavailableError(f"nothing came from upstream for {self._stall_s:.0f} s") from None
-        finally:
-            call.cancel()
-
-    def _check(self, message: weights_pb2.FetchObjectResponse, offset: int) -> None:
-        try:
-            verify_chunk(Chunk(offset=message.offset, data=message.data, crc32c=message.crc32c), offset)
-        except CorruptObjectError as error:
-            raise UnavailableError(f"a chunk from upstream cannot be used: {error}") from error
-        if not message.data:
-            raise UnavailableError("upstream sent an empty chunk")
+    async def fetch(self, object_id: str, offset: int) -> AsyncGenerator[bytes]:
+        """As ObjectReader.read."""
+        async with contextlib.aclosing(self._reader.read(object_id, offset)) as chunks:
+            async for data in chunks:
+                self.bytes_fetched += len(data)
+                yield data
 
     def _announce(self, manifest: SignedManifest) -> None:
         if self.latest is not None and self.latest.manifest == manifest.manifest:

@@ -13,6 +13,7 @@ from services.relay.bodies import Bodies
 from services.relay.plans import PlanMemory
 from services.relay.upstream import Upstream
 from services.runtime.errors import UnavailableError
+from services.runtime.failpoints import hit
 from services.wire.convert import to_signed
 from services.wire.objects import check_object_id, read_chunk
 from services.wire.types import SignedManifest
@@ -62,6 +63,7 @@ class RelayWeightService(weights_pb2_grpc.WeightServiceServicer):
                 if offset >= end:
                     return
                 chunk = await asyncio.to_thread(read_chunk, body.descriptor, offset, end)
+                hit("relay.before_chunk")
                 await self._write(
                     context, weights_pb2.FetchObjectResponse(offset=offset, data=chunk.data, crc32c=chunk.crc32c)
                 )

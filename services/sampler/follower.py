@@ -155,22 +155,24 @@ class Follower:
             return False  # the old version serves on, and only another version is worth a try
         source = self._sources.current
         error: HeteroRLError
-        retried: tuple[type[HeteroRLError], ...] = (*_RETRIED, BadInputError)
+        local = True
         try:
             self._held = await self._catch_up(source)
             self._backoff.reset()
             return True
         except grpc.aio.AioRpcError as rpc_error:
-            error, retried = from_rpc_error(rpc_error), _RETRIED
+            error, local = from_rpc_error(rpc_error), False
         except HeteroRLError as found:
             error = found
         finally:
             self._tally.fetch = None
         if self._sources.failed(source, error):
             self._announced.set()  # at once, from the learner: a relay's plan judges neither the version nor our copy
-        elif isinstance(error, InvalidWeightsError) and retried is not _RETRIED:
+        elif isinstance(error, _RETRIED):
+            await self._prepare_retry(error)
+        elif local and isinstance(error, InvalidWeightsError):
             self._refuse(error)
-        elif isinstance(error, retried):
+        elif local and isinstance(error, BadInputError):
             await self._prepare_retry(error)
         else:
             raise error

@@ -5,24 +5,18 @@ state_dir/objects/<sha256>.part   what has come so far: a cut fetch goes on from
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 
-import grpc
-
-from heterorl.v1 import weights_pb2
 from services.runtime import failpoints
 from services.runtime.errors import CorruptObjectError, HeteroRLError, StorageError, UnavailableError
 from services.runtime.files import storage_errors
 from services.runtime.log import get_logger
 from services.sampler.weight_sources import WeightSource, WeightSources
-from services.wire.errors import from_rpc_error
-from services.wire.objects import Chunk, file_digest, verify_chunk
+from services.wire.objects import file_digest
 from services.wire.types import ObjectRef
-
-_STALL_S = 30.0
 
 _log = get_logger("sampler.objects")
 
@@ -30,11 +24,10 @@ _log = get_logger("sampler.objects")
 class ObjectCache:
     """Fetches one object at a time; keeps at most `max_bytes`, oldest first out."""
 
-    def __init__(self, directory: Path, sources: WeightSources, max_bytes: int, stall_s: float = _STALL_S) -> None:
+    def __init__(self, directory: Path, sources: WeightSources, max_bytes: int) -> None:
         self._directory = directory
         self._sources = sources
         self._max_bytes = max_bytes
-        self._stall_s = stall_s
         with storage_errors(f"make folder {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -79,13 +72,13 @@ class ObjectCache:
         files = [file for file in self._directory.iterdir() if file.stem not in keep]
         kept: list[tuple[float, int, Path]] = []
         for file in files:
-            with suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
                 status = file.stat()
                 kept.append((status.st_mtime, status.st_size, file))
         total = sum(size for _, size, _ in kept)
         for _, size, file in sorted(kept):
             if total > self._max_bytes or file.suffix == ".part":
-                with suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError):
                     file.unlink()
                 total -= size
 
@@ -94,26 +87,21 @@ class ObjectCache:
     ) -> bool:
         """Completes the part; whether some of it was there before."""
         offset = start = await asyncio.to_thread(_prepare, part, ref)
+        if offset == ref.size_bytes:
+            return True
         with part.open("ab") as file:
-            request = weights_pb2.FetchObjectRequest(object_id=ref.object_id, offset=offset)
-            call = source.stub.FetchObject(request, wait_for_ready=source.wait_for_ready)
-            try:
-                while offset < ref.size_bytes:
-                    async with asyncio.timeout(self._stall_s):
-                        message = await call.read()
-                    if not isinstance(message, weights_pb2.FetchObjectResponse):
-                        raise UnavailableError("the fetch ended before the object did")
-                    _check(message, offset, ref)
-                    await asyncio.to_thread(_append, file.fileno(), message.data)
-                    offset += len(message.data)
-                    received(len(message.data))
-                    self._sources.received_bytes[source.name] += len(message.data)
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from None
-            except TimeoutError:
-                raise UnavailableError(f"no weights came for {self._stall_s:.0f} s") from None
-            finally:
-                call.cancel()
+            async with contextlib.aclosing(source.reader.read(ref.object_id, offset)) as chunks:
+                async for data in chunks:
+                    if offset + len(data) > ref.size_bytes:
+                        raise UnavailableError("a chunk goes beyond its object")
+                    await asyncio.to_thread(_append, file.fileno(), data)
+                    offset += len(data)
+                    received(len(data))
+                    self._sources.received_bytes[source.name] += len(data)
+                    if offset == ref.size_bytes:
+                        break
+        if offset < ref.size_bytes:
+            raise UnavailableError("the fetch ended before the object did")
         return start > 0
 
 
@@ -125,16 +113,6 @@ def _prepare(part: Path, ref: ObjectRef) -> int:
         os.truncate(part, 0)
         return 0
     return size
-
-
-def _check(message: weights_pb2.FetchObjectResponse, offset: int, ref: ObjectRef) -> None:
-    """Raises UnavailableError for a chunk that cannot be used: the fetch goes on from the bytes before it."""
-    try:
-        verify_chunk(Chunk(offset=message.offset, data=message.data, crc32c=message.crc32c), offset)
-    except CorruptObjectError as error:
-        raise UnavailableError(f"a chunk cannot be used: {error}") from error
-    if not message.data or offset + len(message.data) > ref.size_bytes:
-        raise UnavailableError("a chunk is empty or goes beyond its object")
 
 
 def _append(descriptor: int, data: bytes) -> None:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from services.runtime.errors import HeteroRLError
 from services.runtime.log import get_logger
+from services.wire.object_reader import ObjectReader
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only
     from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
 
 SourceName: TypeAlias = Literal["learner", "relay"]
+_STALL_S = 30.0
 _ASIDE_S = 30.0
 _LONGEST_ASIDE_S = 600.0
 
@@ -31,6 +33,7 @@ class WeightSource:
 
     name: SourceName
     stub: "WeightServiceAsyncStub"
+    reader: ObjectReader
 
     @property
     def is_relay(self) -> bool:
@@ -43,18 +46,23 @@ class WeightSource:
 
 
 class WeightSources:
-    """`clock` is monotonic seconds; `aside_s` the first wait after a failure of the relay, doubled by each further."""
+    """`stall_s`: a fetch that brings nothing for so long has failed. `aside_s`: the first wait after a failure of the
+    relay, doubled by each further one. `clock` is monotonic seconds."""
 
     def __init__(
         self,
         learner: "WeightServiceAsyncStub",
         relay: "WeightServiceAsyncStub | None" = None,
         *,
+        stall_s: float = _STALL_S,
         aside_s: float = _ASIDE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.learner = WeightSource(name="learner", stub=learner)
-        self._relay = None if relay is None else WeightSource(name="relay", stub=relay)
+        self.learner = WeightSource(name="learner", stub=learner, reader=ObjectReader(learner, stall_s=stall_s))
+        self._relay: WeightSource | None = None
+        if relay is not None:
+            reader = ObjectReader(relay, stall_s=stall_s, wait_for_ready=False)
+            self._relay = WeightSource(name="relay", stub=relay, reader=reader)
         self._first_aside_s = self._aside_s = aside_s
         self._clock = clock
         self._back_at_s = float("-inf")

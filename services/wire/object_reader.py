@@ -1,0 +1,92 @@
+"""Reads objects from a WeightService: checked chunks, on any link that still moves.
+
+A chunk is the smallest thing that arrives: at 64 kbit/s one of 512 KiB takes longer than any sensible stall limit. So
+after a stall the object is asked for in small pieces, which grow again while they come quickly.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING
+
+import grpc
+
+from heterorl.v1 import weights_pb2
+from services.runtime.errors import CorruptObjectError, UnavailableError
+from services.wire.errors import from_rpc_error
+from services.wire.objects import CHUNK_BYTES, Chunk, verify_chunk
+
+if TYPE_CHECKING:  # generated stubs exist for type checkers only
+    from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
+
+_FIRST_PIECE_BYTES = 64 << 10
+_SMALLEST_PIECE_BYTES = 8 << 10
+_QUICK_SHARE = 0.1
+"""A piece that takes less than this share of the stall limit is followed by one twice as large."""
+
+
+class ObjectReader:
+    """`stall_s`: nothing for this long ends a read. `wait_for_ready`: False fails at once where nobody listens."""
+
+    def __init__(
+        self,
+        stub: "WeightServiceAsyncStub",
+        *,
+        stall_s: float,
+        wait_for_ready: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stub = stub
+        self._stall_s = stall_s
+        self._wait_for_ready = wait_for_ready
+        self._clock = clock
+        self._piece_bytes = 0
+        """Bytes asked for at once; 0 asks for all of an object."""
+
+    async def read(self, object_id: str, offset: int) -> AsyncGenerator[bytes]:
+        """Chunks from `offset` to the object's end; close it when it is not read to its end.
+
+        Raises UnavailableError (cut, stalled, a damaged chunk: read on from there), and what the server raised.
+        """
+        while True:
+            asked, began, start = self._piece_bytes, self._clock(), offset
+            async for data in self._stream(object_id, offset, asked):
+                offset += len(data)
+                yield data
+            if not asked or offset - start < asked:
+                return
+            if self._clock() - began < _QUICK_SHARE * self._stall_s:
+                self._piece_bytes = 2 * asked if 2 * asked <= CHUNK_BYTES else 0
+
+    async def _stream(self, object_id: str, offset: int, length: int) -> AsyncGenerator[bytes]:
+        """One call. A server that sends more than `length` is cut off there."""
+        request = weights_pb2.FetchObjectRequest(object_id=object_id, offset=offset, length=length)
+        call = self._stub.FetchObject(request, wait_for_ready=self._wait_for_ready)
+        end = offset + length if length else None
+        try:
+            while end is None or offset < end:
+                async with asyncio.timeout(self._stall_s):
+                    message = await call.read()
+                if not isinstance(message, weights_pb2.FetchObjectResponse):
+                    return
+                _check(message, offset)
+                offset += len(message.data)
+                yield message.data
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        except TimeoutError:
+            smaller = self._piece_bytes // 2 if self._piece_bytes else _FIRST_PIECE_BYTES
+            self._piece_bytes = max(_SMALLEST_PIECE_BYTES, smaller)
+            raise UnavailableError(f"no weights came for {self._stall_s:.0f} s") from None
+        finally:
+            call.cancel()
+
+
+def _check(message: weights_pb2.FetchObjectResponse, offset: int) -> None:
+    """Raises UnavailableError for a chunk that cannot be used: the read goes on from the bytes before it."""
+    try:
+        verify_chunk(Chunk(offset=message.offset, data=message.data, crc32c=message.crc32c), offset)
+    except CorruptObjectError as error:
+        raise UnavailableError(f"a chunk cannot be used: {error}") from error
+    if not message.data:
+        raise UnavailableError("a chunk is empty")
