@@ -250,12 +250,16 @@ class Follower:
         wanted = [ref.object_id for step in plan.steps for ref in step.objects]
         self._cache.evict(wanted)
         fetched: list[tuple[PlanStep, list[Path]]] = []
-        for step in plan.steps:
-            paths: list[Path] = []
-            for ref in step.objects:
-                paths.append(await self._cache.fetch(ref, progress.received))
-                progress.finished(ref)
-            fetched.append((step, paths))
+        started = time.monotonic()
+        try:
+            for step in plan.steps:
+                paths: list[Path] = []
+                for ref in step.objects:
+                    paths.append(await self._cache.fetch(ref, progress.received))
+                    progress.finished(ref)
+                fetched.append((step, paths))
+        finally:
+            self._tally.fetch_s += time.monotonic() - started
         return fetched
 
     def _apply(
@@ -275,7 +279,7 @@ class Follower:
     async def _load(self, engine: Engine, held: HeldPolicy) -> None:
         self.swapping = True
         try:
-            self._tally.swap_pause_s = await engine.load(held.weights, held.version, held.root)
+            self._tally.swapped(await engine.load(held.weights, held.version, held.root))
         except (InvalidWeightsError, EngineError) as error:
             self._tally.versions_refused += 1
             self._refused.add(held.root)

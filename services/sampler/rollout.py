@@ -19,6 +19,7 @@ from services.runtime.log import get_logger
 from services.sampler.backoff import Backoff
 from services.sampler.engine import Engine, Generated, GenerateRequest
 from services.sampler.follower import Follower
+from services.sampler.idle import IdleReason
 from services.sampler.prompts import PromptCodec
 from services.sampler.scoring import GroupScorer, GroupScores
 from services.sampler.session import LearnerSession
@@ -88,10 +89,13 @@ class Rollout:
         self._room = asyncio.Event()
         self._open = asyncio.Event()
         self._open.set()
-        self.in_engine = 0
-        """Groups that the engine works on."""
         self.paused = False
         self.draining = False
+
+    @property
+    def in_engine(self) -> int:
+        """Groups that the engine works on."""
+        return self._tally.idle.groups_in_engine
 
     @property
     def lease_ids(self) -> tuple[str, ...]:
@@ -102,6 +106,7 @@ class Rollout:
         """Stops asking for leases, or goes on; groups in flight are finished."""
         self.paused = paused
         (self._open.clear if paused else self._open.set)()
+        self._tally.idle.set(IdleReason.PAUSED, paused)
 
     def abandon(self, lease_ids: Sequence[str]) -> None:
         """Stops work on leases that the learner has given to others."""
@@ -120,10 +125,12 @@ class Rollout:
         """For ever: keeps leases and works on them. On cancel: the groups in flight are dropped, and their leases
         expire at the learner. Raises FencedError, RefusedError, ConfigError from the learner."""
         backoff = Backoff()
+        self._tally.idle.set(IdleReason.STARTING, False)
         async with asyncio.TaskGroup() as tasks:
             while True:
                 await self._open.wait()
-                await self._spool.leasing_room.wait()
+                with self._tally.idle.held_up_by(IdleReason.SPOOL_FULL):
+                    await self._spool.leasing_room.wait()
                 free = self._limits.leases - len(self._tasks)
                 if free <= 0:
                     self._room.clear()
@@ -147,6 +154,7 @@ class Rollout:
     async def finish(self) -> None:
         """Drain: asks for nothing, releases what has not begun, and waits for what has."""
         self.draining = True
+        self._tally.idle.set(IdleReason.DRAINING, True)
         self.pause(True)
         waiting = [lease_id for lease_id in self._tasks if lease_id not in self._started]
         for lease_id in waiting:
@@ -184,13 +192,16 @@ class Rollout:
         longest = self._session.settings.max_prompt_tokens
         if len(token_ids) > longest:
             raise _GivenUp("prompt_too_long", f"{len(token_ids)} tokens, at most {longest}")
-        await self._follower.reached(lease.min_policy_version)
+        with self._tally.idle.held_up_by(IdleReason.WAITING_FOR_WEIGHTS):
+            await self._follower.reached(lease.min_policy_version)
         async with self._generating:
-            await self._spool.room.wait()
+            with self._tally.idle.held_up_by(IdleReason.SPOOL_FULL):
+                await self._spool.room.wait()
             self._started.add(lease.lease_id)
             generated = await self._generate(lease, token_ids)
-        async with self._scoring:
-            scores = await self._score(lease, generated)
+        with self._tally.idle.held_up_by(IdleReason.SCORING):
+            async with self._scoring:
+                scores = await self._score(lease, generated)
         payload = encode_group(_scored_group(lease, token_ids, generated, scores, self._temperature(lease)))
         if len(payload) > _PAYLOAD_BYTES:
             raise _GivenUp("generation_failed", f"a group of {len(payload)} bytes does not fit a message")
@@ -209,28 +220,27 @@ class Rollout:
             seed=lease.seed,
         )
         failure = ""
-        self.in_engine += 1
-        try:
+        with self._tally.idle.generating():
             for _ in range(_GENERATE_ATTEMPTS):
                 try:
                     generated = await self._engine.generate(request)
                 except EngineError as error:
                     failure = str(error)
                     continue
-                self._tally.generated(sum(len(drawn.token_ids) for drawn in generated.completions))
+                self._tally.generated(sum(len(d.token_ids) for d in generated.completions), generated.seconds)
                 return generated
-        finally:
-            self.in_engine -= 1
         raise _GivenUp("generation_failed", failure)
 
     async def _score(self, lease: Lease, generated: Generated) -> GroupScores:
         texts = [self._prompts.decode(drawn.token_ids) for drawn in generated.completions]
         try:
-            return await self._scorer.score(lease.prompt, texts)
+            scores = await self._scorer.score(lease.prompt, texts)
         except ScoreError as error:
             raise _GivenUp("bad_gold", str(error)) from error
         except EngineError as error:
             raise _GivenUp("scoring_failed", str(error)) from error
+        self._tally.scored(scores.seconds)
+        return scores
 
     def _temperature(self, lease: Lease) -> float:
         settings = self._session.settings

@@ -1,0 +1,105 @@
+"""Prometheus metrics of the sampler, `heterorl_sampler_<what>_<unit>`, from the same numbers as its heartbeats.
+
+A scrape comes on a thread of its own; the numbers are read on the event loop, so that they are of one moment.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.sampler.tally import Tally
+
+_ANSWER_S = 5.0
+_PREFIX = "heterorl_sampler"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """The sampler at one moment."""
+
+    tally: Tally
+    spool_groups: int
+    spool_bytes: int
+    spool_limit_bytes: int
+    leases: int
+    policy_version: int
+    learner_version: int
+    engine_restarts: int
+    relay_fallbacks: int
+
+
+_GAUGES: dict[str, tuple[str, Callable[[Observed], float]]] = {
+    "generation_tokens_per_second": ("Completion tokens over the last half minute", lambda o: o.tally.tokens_per_s),
+    "policy_version_versions": (
+        "Version that the engine generates with; -1 before the first",
+        lambda o: o.policy_version,
+    ),
+    "learner_version_versions": ("The learner's newest version, as last heard", lambda o: o.learner_version),
+    "leases_held_leases": ("Leases worked on, or spooled and not yet acknowledged", lambda o: o.leases),
+    "spool_groups": ("Groups on disk that the learner has not acknowledged", lambda o: o.spool_groups),
+    "spool_bytes": ("Their payload bytes", lambda o: o.spool_bytes),
+    "spool_limit_bytes": ("Budget: at 80 % leasing stops, at 100 % generating", lambda o: o.spool_limit_bytes),
+    "swap_pause_seconds": ("Pause of generation in the last swap of weights", lambda o: o.tally.swap_pause_s),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[Observed], float]]] = {
+    "generated_tokens": ("Completion tokens generated", lambda o: o.tally.tokens),
+    "groups_generated": ("Groups generated", lambda o: o.tally.groups_generated),
+    "groups_scored": ("Groups scored", lambda o: o.tally.groups_scored),
+    "groups_spooled": ("Groups scored and durable in the spool", lambda o: o.tally.groups),
+    "generation_seconds": ("Time that groups spent in the engine, summed over groups", lambda o: o.tally.generation_s),
+    "scoring_seconds": ("Time that groups spent at the graders, summed over groups", lambda o: o.tally.scoring_s),
+    "versions_loaded": ("Versions put into the engine", lambda o: o.tally.versions),
+    "versions_refused": (
+        "Versions that were sound as bytes and must not be loaded",
+        lambda o: o.tally.versions_refused,
+    ),
+    "keyframes_refetched": (
+        "Full weights fetched because deltas did not lead on",
+        lambda o: o.tally.keyframes_refetched,
+    ),
+    "swap_seconds": ("Pauses of generation in swaps of weights, summed", lambda o: o.tally.swap_s),
+    "weights_received_bytes": ("Bytes of weight objects received", lambda o: o.tally.weights_bytes),
+    "weights_fetch_seconds": ("Time spent fetching weight objects", lambda o: o.tally.fetch_s),
+    "relay_fallbacks": ("Times that the relay was set aside for the learner", lambda o: o.relay_fallbacks),
+    "engine_restarts": ("Restarts of the engine", lambda o: o.engine_restarts),
+    "grader_restarts": ("Restarts of the reward service", lambda o: o.tally.reward_restarts),
+}
+_LABELLED: dict[str, tuple[str, str, Callable[[Observed], Mapping[str, float]]]] = {
+    "groups_dropped": ("Groups given up here", "reason", lambda o: o.tally.dropped),
+    "verdicts": ("The learner's verdicts on submitted groups", "code", lambda o: o.tally.verdicts),
+    "idle_seconds": ("Time in which the engine had no work", "reason", lambda o: o.tally.idle.seconds()),
+}
+
+
+class SamplerCollector(Collector):
+    """Asks `observe` on `loop` at each scrape; a loop that does not answer in time fails the scrape, and shows."""
+
+    def __init__(self, observe: Callable[[], Observed], loop: asyncio.AbstractEventLoop) -> None:
+        self._observe = observe
+        self._loop = loop
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing beforehand: registration must not wait for the loop that registers."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        async def now() -> list[Metric]:
+            return list(metrics_of(self._observe()))
+
+        return iter(asyncio.run_coroutine_threadsafe(now(), self._loop).result(_ANSWER_S))
+
+
+def metrics_of(observed: Observed) -> Iterator[Metric]:
+    """Every metric; labelled ones have a sample for each label value that occurred."""
+    for name, (text, read) in _GAUGES.items():
+        yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=read(observed))
+    for name, (text, count) in _COUNTERS.items():
+        yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=count(observed))
+    for name, (text, label, values) in _LABELLED.items():
+        family = CounterMetricFamily(f"{_PREFIX}_{name}", text, labels=(label,))
+        for key, value in sorted(values(observed).items()):
+            family.add_metric((key,), value)
+        yield family
