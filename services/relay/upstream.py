@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # generated stubs exist for type checkers only
 _STALL_S = 20.0
 _PLAN_S = 120.0
 """A learner may encode a keyframe first. The answer is remembered, so it is not lost on a sampler that gave up."""
-_PLAN_AWAY_S = 3.0
+_PLAN_AWAY_S = 1.5
 """With the watch down the learner is probably away: samplers are not kept waiting to learn it."""
 _RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError)
 

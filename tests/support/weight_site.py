@@ -78,7 +78,13 @@ class RecordingPlanner(Planner):
 
 @asynccontextmanager
 async def learner_site(
-    folder: Path, *, port: int = 0, epoch: int = 1, stall_s: float = 60.0, **settings: object
+    folder: Path,
+    *,
+    port: int = 0,
+    epoch: int = 1,
+    stall_s: float = 60.0,
+    credentials: grpc.ServerCredentials | None = None,
+    **settings: object,
 ) -> AsyncGenerator[LearnerSite]:
     """A learner's half of WeightService on `folder`; on the same folder again, it is restarted."""
     section = PublishSection.model_validate({"workers": 1, **settings})
@@ -96,7 +102,7 @@ async def learner_site(
     )
     server = build_server("learner", server_interceptors(RULES))
     weights_pb2_grpc.add_WeightServiceServicer_to_server(service, server)
-    address = bind(server, Address(host="127.0.0.1", port=port), None)
+    address = bind(server, Address(host="127.0.0.1", port=port), credentials)
     await server.start()
     try:
         yield LearnerSite(
