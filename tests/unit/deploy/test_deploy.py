@@ -1,0 +1,194 @@
+"""What the deployment files name exists: verbs, flags, configuration keys, image targets, extras, secrets."""
+
+import io
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from heterorl.v1 import monitor_pb2
+from services.cli import build_parser
+from services.commands.config import TREES, tree_of
+from services.learner.telemetry import metrics_of
+from services.runtime.config import load
+from services.runtime.config_render import render_toml
+from services.runtime.errors import ConfigError, HeteroRLError
+
+ROOT = Path(__file__).parents[3]
+DEPLOY = ROOT / "deploy"
+DOCKERFILE = (DEPLOY / "docker" / "Dockerfile").read_text()
+MACHINES = ["learner", "sampler"]
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+VARIABLE = re.compile(r"\$\{(HETERORL_[A-Z_]+)(?::([-?])([^}]*))?\}")
+CERTIFICATES = {f"HETERORL_TLS__{key}": f"/pki/{key}" for key in ("CA", "CERTIFICATE", "KEY")}
+
+
+def assert_starts(words: list[str], environment: Mapping[str, str]) -> None:
+    """The command line parses, and the environment resolves in the configuration of its process."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            arguments, rest = build_parser(words[0]).parse_known_args(words)
+    except SystemExit:
+        pytest.fail(f"{' '.join(words)}: {said.getvalue()}")
+    assert rest == [], words
+    if words[0] in TREES:
+        assert arguments.overrides == []
+        load(tree_of(words[0]), None, [], {**CERTIFICATES, **environment})
+
+
+def compose(machine: str, name: str = "compose.yaml") -> dict[str, Any]:
+    text = (DEPLOY / "compose" / machine / name).read_text()
+    return yaml.safe_load(VARIABLE.sub(lambda found: found[3] if found[2] == "-" else "host.example:7443", text))
+
+
+def unit(path: Path) -> dict[str, list[str]]:
+    """Directive -> its values, in order."""
+    directives: dict[str, list[str]] = {}
+    for line in path.read_text().splitlines():
+        if line and line[0] not in "#[":
+            key, _, value = line.partition("=")
+            directives.setdefault(key, []).append(value)
+    return directives
+
+
+CONTAINERS = [
+    pytest.param(machine, service, id=f"{machine}-{name}")
+    for machine in MACHINES
+    for name, service in compose(machine)["services"].items()
+]
+
+
+@pytest.mark.parametrize(("machine", "service"), CONTAINERS)
+def test_a_container_starts_with_words_and_settings_that_exist(machine: str, service: dict[str, Any]) -> None:
+    assert_starts(service["command"], service.get("environment", {}))
+    probe = service["healthcheck"]["test"]
+    assert probe[:2] == ["CMD", "heterorl"]
+    assert_starts(probe[2:], {})
+
+
+@pytest.mark.parametrize(("machine", "service"), CONTAINERS)
+def test_a_container_is_granted_every_secret_that_it_names(machine: str, service: dict[str, Any]) -> None:
+    words = [*service["command"], *service["healthcheck"]["test"], *service.get("environment", {}).values()]
+    named = {word.removeprefix("/run/secrets/") for word in words if word.startswith("/run/secrets/")}
+    assert named == set(service.get("secrets", []))
+    assert named <= set(compose(machine).get("secrets", {}))
+
+
+@pytest.mark.parametrize(("machine", "service"), CONTAINERS)
+def test_a_container_can_write_nothing_but_its_volumes(machine: str, service: dict[str, Any]) -> None:
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    volumes = {text.split(":")[0] for text in service["volumes"] if not text.endswith(":ro")}
+    assert volumes <= set(compose(machine)["volumes"])
+
+
+@pytest.mark.parametrize(("machine", "service"), CONTAINERS)
+def test_a_container_runs_an_image_that_the_dockerfile_builds(machine: str, service: dict[str, Any]) -> None:
+    target = service["image"].removeprefix("heterorl-").removesuffix(":latest")
+    assert re.search(rf"^FROM \S+ AS {target}$", DOCKERFILE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_example_environment_sets_exactly_what_the_compose_file_reads(machine: str) -> None:
+    folder = DEPLOY / "compose" / machine
+    read = {found[1] for found in VARIABLE.finditer((folder / "compose.yaml").read_text())}
+    lines = (folder / ".env.example").read_text().splitlines()
+    assert {line.split("=")[0] for line in lines if not line.startswith("#")} == read
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_gpu_overlay_changes_services_that_are_there(machine: str) -> None:
+    assert set(compose(machine, "gpu.yaml")["services"]) <= set(compose(machine)["services"])
+
+
+def test_samplers_publish_no_port() -> None:
+    assert not [name for name, service in compose("sampler")["services"].items() if "ports" in service]
+
+
+def test_each_image_starts_a_verb_that_exists_as_an_ordinary_user() -> None:
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
+    final = [stage for stage in stages if "\nCMD " in stage]
+    assert len(final) == 5
+    for stage in final:
+        assert "\nUSER heterorl\n" in stage
+        command = re.search(r"^CMD (\[.*\])$", stage, re.MULTILINE)
+        assert command
+        words = yaml.safe_load(command[1])
+        if "--help" not in words:
+            assert_starts(words, {})
+
+
+def test_images_install_extras_that_the_project_has() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for group in re.findall(r"/src\[([a-z,]+)\]", DOCKERFILE) for name in group.split(",")}
+    assert named
+    assert named <= set(extras)
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+def test_a_unit_starts_with_words_and_settings_that_exist(path: Path) -> None:
+    directives = unit(path)
+    (start,) = directives["ExecStart"]
+    binary, *words = shlex.split(start)
+    assert binary == "/opt/heterorl/bin/heterorl"
+    pairs = [word.partition("=") for value in directives.get("Environment", []) for word in shlex.split(value)]
+    environment = {key: value for key, _, value in pairs}
+    assert_starts(words, environment)
+    loaded = {value.split(":")[0] for value in directives.get("LoadCredential", [])}
+    assert {value.removeprefix("%d/") for value in environment.values() if value.startswith("%d/")} == loaded
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+def test_a_unit_does_not_restart_on_what_restarting_cannot_heal(path: Path) -> None:
+    (codes,) = unit(path)["RestartPreventExitStatus"]
+    known = {error.exit_code for error in exceptions(HeteroRLError)}
+    assert {str(ConfigError.exit_code)} <= set(codes.split()) <= {str(code) for code in known}
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+def test_a_unit_notifies_and_is_watched(path: Path) -> None:
+    directives = unit(path)
+    assert directives["Type"] == ["notify"]
+    assert directives["WatchdogSec"]
+    assert directives["User"] == ["heterorl"]
+
+
+@pytest.mark.parametrize("process", MACHINES)
+def test_the_shipped_configuration_is_the_one_that_the_classes_describe(process: str) -> None:
+    assert (DEPLOY / "config" / f"{process}.toml").read_text() == render_toml(tree_of(process))
+
+
+@pytest.mark.parametrize("process", MACHINES)
+def test_the_shipped_configuration_needs_certificates_and_nothing_else(process: str) -> None:
+    path = DEPLOY / "config" / f"{process}.toml"
+    assert load(tree_of(process), path, [], CERTIFICATES).value
+    with pytest.raises(ConfigError, match=r"\[tls\]"):
+        load(tree_of(process), path, [], {})
+
+
+def test_the_manual_has_every_exit_code() -> None:
+    manual = (ROOT / "docs" / "operations.md").read_text()
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", manual, re.MULTILINE)}
+    assert listed == {0} | {error.exit_code for error in exceptions(HeteroRLError)}
+
+
+def test_the_manual_names_metrics_that_exist() -> None:
+    exist = {metric.name for metric in metrics_of(monitor_pb2.RunStatus(evals=[monitor_pb2.EvalPoint()]))}
+    manual = (ROOT / "docs" / "operations.md").read_text()
+    named = set(re.findall(r"`(heterorl_learner_[a-z_]+?)(?:_total)?`", manual))
+    assert named
+    assert named == exist
+
+
+def exceptions(error: type[HeteroRLError]) -> Iterator[type[HeteroRLError]]:
+    yield error
+    for child in error.__subclasses__():
+        yield from exceptions(child)
