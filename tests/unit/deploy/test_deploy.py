@@ -15,10 +15,12 @@ import yaml
 from heterorl.v1 import monitor_pb2
 from services.cli import build_parser
 from services.commands.config import TREES, tree_of
-from services.learner.telemetry import metrics_of
+from services.learner import telemetry as learner_telemetry
 from services.runtime.config import load
 from services.runtime.config_render import render_toml
 from services.runtime.errors import ConfigError, HeteroRLError
+from services.sampler import telemetry as sampler_telemetry
+from services.sampler.tally import Tally
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -180,12 +182,15 @@ def test_the_manual_has_every_exit_code() -> None:
     assert listed == {0} | {error.exit_code for error in exceptions(HeteroRLError)}
 
 
-def test_the_manual_names_metrics_that_exist() -> None:
-    exist = {metric.name for metric in metrics_of(monitor_pb2.RunStatus(evals=[monitor_pb2.EvalPoint()]))}
+def test_the_manual_names_the_metrics_that_exist() -> None:
+    counts = {"spool_groups", "spool_bytes", "spool_limit_bytes", "leases", "policy_version", "learner_version"}
+    counts |= {"engine_restarts", "relay_fallbacks"}
+    sampler = sampler_telemetry.Observed(tally=Tally(), **dict.fromkeys(counts, 0))
+    learner = monitor_pb2.RunStatus(evals=[monitor_pb2.EvalPoint()])
+    exist = [*learner_telemetry.metrics_of(learner), *sampler_telemetry.metrics_of(sampler)]
     manual = (ROOT / "docs" / "operations.md").read_text()
-    named = set(re.findall(r"`(heterorl_learner_[a-z_]+?)(?:_total)?`", manual))
-    assert named
-    assert named == exist
+    named = set(re.findall(r"`(heterorl_(?:learner|sampler)_[a-z_]+)`", manual))
+    assert named == {f"{metric.name}_total" if metric.type == "counter" else metric.name for metric in exist}
 
 
 def exceptions(error: type[HeteroRLError]) -> Iterator[type[HeteroRLError]]:
