@@ -139,11 +139,18 @@ class DiskCache:
             self._sizes[part.object_id] = self._sizes.pop(part.path.name)
 
     def release(self, object_id: str) -> None:
-        """Ends one hold of `open` or `begin`."""
+        """Ends one hold of `open` or `begin`. A part without a byte is dropped: any name can be asked for."""
         with self._lock:
             self._held[object_id] -= 1
-            if not self._held[object_id]:
-                del self._held[object_id]
+            if self._held[object_id]:
+                return
+            del self._held[object_id]
+            part = self._parts.get(object_id)
+            if part is None or part.size_bytes:
+                return
+            del self._parts[object_id]
+            del self._sizes[part.path.name]
+            part.path.unlink(missing_ok=True)
 
     def _path(self, object_id: str) -> Path:
         return self._directory / check_object_id(object_id)

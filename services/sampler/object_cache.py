@@ -6,9 +6,11 @@ state_dir/objects/<sha256>.part   what has come so far: a cut fetch goes on from
 
 import asyncio
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from services.runtime import failpoints
 from services.runtime.errors import CorruptObjectError, HeteroRLError, StorageError, UnavailableError
@@ -17,6 +19,9 @@ from services.runtime.log import get_logger
 from services.sampler.weight_sources import WeightSource, WeightSources
 from services.wire.objects import file_digest
 from services.wire.types import ObjectRef
+
+if TYPE_CHECKING:
+    from hashlib import _Hash  # pyright: ignore[reportPrivateUsage] - the type of sha256() has no public name in 3.11
 
 _log = get_logger("sampler.objects")
 
@@ -55,13 +60,13 @@ class ObjectCache:
     ) -> None:
         part = path.with_suffix(".part")
         with storage_errors(f"write {part}"):
-            resumed = await self._fetch_rest(source, part, ref, received)
-            if resumed and await asyncio.to_thread(file_digest, part) != ref.object_id:
+            resumed, digest = await self._fetch_rest(source, part, ref, received)
+            if resumed and digest != ref.object_id:
                 # What lay on disk may be a relay's, or damaged: judge the source by bytes of its own alone.
                 _log.warning("part_discarded", object_id=ref.object_id)
                 part.unlink()
-                await self._fetch_rest(source, part, ref, received)
-            if await asyncio.to_thread(file_digest, part) != ref.object_id:
+                _, digest = await self._fetch_rest(source, part, ref, received)
+            if digest != ref.object_id:
                 part.unlink()
                 raise CorruptObjectError("a fetched object does not have its digest: a keyframe is fetched")
             failpoints.hit("fetch.before_rename")
@@ -84,17 +89,19 @@ class ObjectCache:
 
     async def _fetch_rest(
         self, source: WeightSource, part: Path, ref: ObjectRef, received: Callable[[int], None]
-    ) -> bool:
-        """Completes the part; whether some of it was there before."""
-        offset = start = await asyncio.to_thread(_prepare, part, ref)
+    ) -> tuple[bool, str]:
+        """Completes the part: (whether some of it was there before, the digest of all). Hashing as bytes come costs no
+        time on a link; what the disk does to them later is found by the update's own check digest."""
+        offset, digest = await asyncio.to_thread(_prepare, part, ref)
+        resumed = offset > 0
         if offset == ref.size_bytes:
-            return True
+            return resumed, digest.hexdigest()
         with part.open("ab") as file:
             async with contextlib.aclosing(source.reader.read(ref.object_id, offset)) as chunks:
                 async for data in chunks:
                     if offset + len(data) > ref.size_bytes:
                         raise UnavailableError("a chunk goes beyond its object")
-                    await asyncio.to_thread(_append, file.fileno(), data)
+                    await asyncio.to_thread(_append, file.fileno(), data, digest)
                     offset += len(data)
                     received(len(data))
                     self._sources.received_bytes[source.name] += len(data)
@@ -102,26 +109,28 @@ class ObjectCache:
                         break
         if offset < ref.size_bytes:
             raise UnavailableError("the fetch ended before the object did")
-        return start > 0
+        return resumed, digest.hexdigest()
 
 
-def _prepare(part: Path, ref: ObjectRef) -> int:
-    """Makes the file; returns where to go on. A part that is longer than the object is not its beginning."""
+def _prepare(part: Path, ref: ObjectRef) -> tuple[int, "_Hash"]:
+    """Makes the file; returns where to go on, and the hash so far. A part that is longer than the object is not its
+    beginning."""
     part.touch()
-    size = part.stat().st_size
-    if size > ref.size_bytes:
+    if part.stat().st_size > ref.size_bytes:
         os.truncate(part, 0)
-        return 0
-    return size
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest
 
 
-def _append(descriptor: int, data: bytes) -> None:
+def _append(descriptor: int, data: bytes, digest: "_Hash") -> None:
     view = memoryview(data)
     while view:
         written = os.write(descriptor, view)
         if written == 0:
             raise StorageError("the object cache takes no more bytes: free disk space")
         view = view[written:]
+    digest.update(data)
 
 
 def _holds(path: Path, ref: ObjectRef) -> bool:

@@ -120,3 +120,12 @@ def test_a_part_is_gone_on_with_in_the_same_process_and_dropped_by_the_next(tmp_
     cache.append(again, b"def")
     assert again.settled_bytes == 3, "the last chunk waits for the digest"
     assert DiskCache(tmp_path, 1000).used_bytes == 0
+
+
+def test_asking_for_what_does_not_exist_leaves_nothing_behind(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1000)
+    for number in range(20):
+        part = cache.begin(f"{number:064x}")
+        cache.release(part.object_id)
+    assert list(tmp_path.iterdir()) == []
+    assert (cache.used_bytes, cache._parts, cache._sizes) == (0, {}, {})
