@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from heterorl.v1 import monitor_pb2, types_pb2
+from heterorl.v1 import monitor_pb2
 from services.lab.demo_site import DemoSettings, Site
 from services.monitor.client import MonitorClient
 from services.monitor.report import write_report
@@ -33,7 +33,6 @@ class Story:
     started: float = field(default_factory=time.monotonic)
     events: list[str] = field(default_factory=list[str])
     rewards: list[float] = field(default_factory=list[float])
-    victim_killed: bool = False
 
     def tell(self, text: str) -> None:
         """Adds an event with the seconds since the start."""
@@ -124,20 +123,22 @@ class Demo:
                 return
 
     async def _play_fault(self) -> None:
-        """SIGKILL to one sampler half way; it comes back once the learner has noticed. The run may end before."""
+        """SIGKILL to one sampler half way, then a new process on its old state, as a service manager would start it."""
         half = self._site.settings.steps // 2
         with contextlib.suppress(UnavailableError):
             async with MonitorClient(self._site.learner_address, self._site.tls("monitor")) as client:
                 async for status in client.watch(interval_ms=250):
-                    if status.step >= half and not self._story.victim_killed:
-                        self._tell(f"SIGKILL to {_VICTIM} at step {status.step}")
-                        self._site.samplers[_VICTIM].kill()
-                        self._story.victim_killed = True
-                    elif self._story.victim_killed and _is_lost(status, _VICTIM):
-                        self._tell(f"the learner has noticed at step {status.step}; {_VICTIM} starts on its old state")
-                        await self._site.start_sampler(_VICTIM)
-                        self._restarted.set()
-                        return
+                    if status.step >= half:
+                        break
+                else:
+                    return  # interrupted before
+            victim = self._site.samplers[_VICTIM]
+            self._tell(f"SIGKILL to {_VICTIM} at step {status.step}")
+            victim.kill()
+            await victim.exited()
+            await self._site.start_sampler(_VICTIM)
+            self._restarted.set()
+            self._tell(f"{_VICTIM} starts again on the spool and the weights that it had")
 
     def _collect(self) -> None:
         """Copies what the learner wrote to where people look for it, and writes the report."""
@@ -158,11 +159,6 @@ async def _first_failure_or(end: asyncio.Task[int], others: set[asyncio.Task[Non
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-
-
-def _is_lost(status: monitor_pb2.RunStatus, name: str) -> bool:
-    lost = types_pb2.SAMPLER_STATE_LOST
-    return any(sampler.sampler_id == name and sampler.state == lost for sampler in status.samplers)
 
 
 def _line(status: monitor_pb2.RunStatus) -> str:

@@ -37,7 +37,7 @@ class DemoSettings:
     steps: int = 100
     loss: LossName = LossName.GEPO
     max_staleness: int = 8
-    groups_per_step: int = 16
+    groups_per_step: int = 32
     group_size: int = 8
     lr: float = 1e-4
     seed: int = 0

@@ -1,4 +1,4 @@
-"""The demo as a user runs it, shorter: real processes, mutual TLS, emulated wide-area links, one SIGKILL."""
+"""The demo as a user runs it: real processes, mutual TLS, emulated wide-area links, one SIGKILL."""
 
 import json
 import subprocess
@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.invariants import check_summary
 
-STEPS = 60
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
-    command = [sys.executable, "-m", "services.cli", "demo", "--steps", str(STEPS), "--out", str(out)]
+    command = [sys.executable, "-m", "services.cli", "demo", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=420, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (out / "stdout.txt").write_text(done.stdout)
