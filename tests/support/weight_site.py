@@ -5,14 +5,16 @@ learner_site ── (WanLink) ── relay_site ── (WanLink) ── followin
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
 from heterorl.v1 import weights_pb2, weights_pb2_grpc
+from services.learner import weight_service as learner_service
 from services.learner.config import PublishSection
 from services.learner.object_store import ObjectStore
 from services.learner.plans import Planner
@@ -20,6 +22,7 @@ from services.learner.publisher import Publisher, RunFacts
 from services.learner.traffic import Traffic
 from services.learner.versions import VersionFiles
 from services.learner.weight_service import WeightService
+from services.relay import weight_service as relay_service
 from services.relay.app import run_relay
 from services.relay.config import RelayConfig
 from services.runtime.address import Address, parse_target
@@ -34,6 +37,7 @@ from services.wire.channel import open_channel
 from services.wire.delta import BitTensor, Weights, root_of
 from services.wire.identity import Identity, Role
 from services.wire.interceptors import server_interceptors
+from services.wire.objects import read_chunk
 from services.wire.server import bind, build_server
 from services.wire.signing import ManifestSigner
 from services.wire.types import Plan
@@ -64,6 +68,19 @@ class LearnerSite:
     @property
     def root(self) -> str:
         return self.publisher.latest.version.root
+
+
+@contextmanager
+def chunks_of(size_bytes: int) -> Generator[None]:
+    """Learner and relay send chunks of this size, so that small objects have boundaries to be cut at."""
+    modules = (learner_service, relay_service)
+    for module in modules:
+        module.read_chunk = functools.partial(read_chunk, size=size_bytes)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.read_chunk = read_chunk
 
 
 class RecordingPlanner(Planner):
