@@ -29,6 +29,13 @@ if TYPE_CHECKING:  # generated stubs exist for type checkers only
 
 _log = get_logger("sampler.session")
 _TIMEOUT_S = 10.0
+_FIXED: dict[str, Callable[[RunSettings], object]] = {
+    "model or tokenizer": lambda settings: settings.model_files_sha256,
+    "signing key": lambda settings: settings.manifest_public_key,
+    "graders": lambda settings: settings.graders,
+    "system prompt": lambda settings: settings.system_prompt,
+}
+"""What parts of this process were built from; the rest of the settings is read anew for every group."""
 _T = TypeVar("_T")
 
 
@@ -74,8 +81,8 @@ class LearnerSession:
     async def register(self) -> None:
         """Registers, however long it takes for the learner to answer.
 
-        Raises UnavailableError after give_up_s of silence, MismatchError (protocol; another run or model than
-        before), RefusedError (identity), FencedError.
+        Raises UnavailableError after give_up_s of silence, MismatchError (protocol), SessionLostError (another run
+        than before, or settings that need a new process), RefusedError (identity), FencedError.
         """
         backoff = Backoff(self._draw)
         _log.info(f"registering with learner {self._learner}", learner=self._learner)
@@ -157,8 +164,8 @@ class LearnerSession:
         if self._session is not None and self._settings is not None:
             if session.run_id != self._session.run_id:
                 raise SessionLostError(f"the learner now serves run {session.run_id}: start the sampler again for it")
-            if settings.model_files_sha256 != self._settings.model_files_sha256:
-                raise SessionLostError("the learner's model or tokenizer has changed: start the sampler again")
+            if changed := [name for name, read in _FIXED.items() if read(settings) != read(self._settings)]:
+                raise SessionLostError(f"the learner's {' and '.join(changed)} changed: start the sampler again")
         self._session, self._settings = session, settings
         self.heartbeat_interval_s = max(0.05, response.heartbeat_interval_ms / 1000)
         self.learner_version = response.learner_version

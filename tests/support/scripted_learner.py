@@ -47,6 +47,7 @@ SETTINGS = RunSettings(
 class ScriptedControl(control_pb2_grpc.ControlServiceServicer):
     """Registers everyone; `heartbeat_errors` are raised one per heartbeat."""
 
+    settings: RunSettings = SETTINGS
     registrations: int = 0
     heartbeats: list[control_pb2.HeartbeatRequest] = field(default_factory=list[control_pb2.HeartbeatRequest])
     heartbeat_errors: list[HeteroRLError] = field(default_factory=list[HeteroRLError])
@@ -58,7 +59,7 @@ class ScriptedControl(control_pb2_grpc.ControlServiceServicer):
         )
         return control_pb2.RegisterResponse(
             session=to_session(session),
-            settings=to_run_settings(SETTINGS),
+            settings=to_run_settings(self.settings),
             heartbeat_interval_ms=100,
             session_ttl_ms=1000,
             protocol_version=1,

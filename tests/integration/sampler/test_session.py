@@ -1,6 +1,8 @@
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -13,8 +15,8 @@ from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.wire.channel import open_channel
 from services.wire.convert import to_session
-from services.wire.types import Session
-from tests.support.scripted_learner import RUN_ID, registered, serving
+from services.wire.types import GraderSpec, Session
+from tests.support.scripted_learner import RUN_ID, SETTINGS, registered, serving
 
 
 @pytest.fixture
@@ -56,6 +58,31 @@ async def test_a_fenced_session_is_not_renewed(spool: Spool) -> None:
         with pytest.raises(FencedError, match="newer process"):
             await session.call(heartbeat(served.channel))
         assert served.control.registrations == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_files_sha256": "cd" * 32}, "model or tokenizer"),
+        ({"manifest_public_key": b"k" * 32}, "signing key"),
+        ({"graders": (GraderSpec(name="math"),), "system_prompt": "Think."}, "graders and system prompt"),
+        ({"max_staleness": 1, "group_size": 8}, None),
+    ],
+)
+async def test_a_learner_that_comes_back_with_settings_that_are_built_in_here_asks_for_a_new_process(
+    spool: Spool, changes: dict[str, Any], named: str | None
+) -> None:
+    async with serving() as served:
+        session = await registered(served, spool)
+        served.control.settings = replace(SETTINGS, **changes)
+        served.control.heartbeat_errors = [SessionLostError("the learner restarted")]
+        if named is None:
+            with pytest.raises(UnavailableError, match="renewed"):
+                await session.call(heartbeat(served.channel))
+            assert session.settings.group_size == 8
+        else:
+            with pytest.raises(SessionLostError, match=f"the learner's {named} changed"):
+                await session.call(heartbeat(served.channel))
 
 
 async def test_an_absent_learner_is_tried_again_until_patience_ends(
