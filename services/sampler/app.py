@@ -22,17 +22,16 @@ from heterorl.v1.weights_pb2_grpc import WeightServiceStub
 from services.reward.client import RewardClient
 from services.runtime.address import Address, parse_target
 from services.runtime.errors import ConfigError
-from services.runtime.files import atomic_write, locked_directory
+from services.runtime.files import locked_directory
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
-from services.runtime.metrics import Metrics
 from services.sampler.config import SamplerConfig
 from services.sampler.engine import Engine
 from services.sampler.engine_transformers import TransformersEngine
 from services.sampler.engine_vllm import VllmEngine
 from services.sampler.follower import Follower
 from services.sampler.heartbeat import Heartbeat
-from services.sampler.local_health import serve_health
+from services.sampler.local_health import Health, serve_health
 from services.sampler.object_cache import ObjectCache
 from services.sampler.prompts import PromptCodec
 from services.sampler.reward_child import RewardChild
@@ -43,7 +42,7 @@ from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.sampler.submitter import Submitter
 from services.sampler.tally import Tally
-from services.sampler.telemetry import Observed, SamplerCollector
+from services.sampler.telemetry import Vitals, metrics_served
 from services.sampler.weight_sources import WeightSources
 from services.wire.channel import open_channel
 from services.wire.credentials import channel_credentials
@@ -53,7 +52,6 @@ _log = get_logger("sampler")
 _DRAIN_GROUPS_S = 60.0
 _DRAIN_SPOOL_S = 30.0
 _CACHE_BYTES = 256 << 20
-METRICS_ADDRESS_NAME = "metrics_address"
 _T = TypeVar("_T")
 
 
@@ -145,12 +143,21 @@ class _Sampler:
             engine=lambda: self._engine.info,
             give_up_s=config.connect.give_up_s,
         )
+        vitals = Vitals(tally=self._tally, spool=spool, session=session, engine=self._engine, weights=self._weights)
+        stack.enter_context(metrics_served(config.metrics_address, config.state_dir, vitals.observe))
         # Ready from here on, for systemd: a host's boot does not wait for a learner that may start tomorrow.
         self._process.ready(f"waiting for the learner at {self._links.learner}")
         if not await self._unless_drained(session.register()):
             return
-        if not self._config.reward.address:
-            check_allowed(reward_graders(session.settings.graders), self._config.reward)
+        if not config.reward.address:
+            check_allowed(reward_graders(session.settings.graders), config.reward)
+        stack.push_async_callback(self._engine.close)
+        await self._work(session, spool, scorer, health, vitals)
+
+    async def _work(
+        self, session: LearnerSession, spool: Spool, scorer: RewardClient, health: Health, vitals: Vitals
+    ) -> None:
+        """From a registered sampler to a drained one."""
         news = asyncio.Event()
         follower = Follower(
             sources=self._weights,
@@ -170,14 +177,13 @@ class _Sampler:
             drain=lambda: self._process.request_drain("asked for by the learner"),
             news=news,
         )
-        self._serve_metrics(heartbeat, session, follower, spool)
-        stack.push_async_callback(self._engine.close)
+        vitals.follower = follower
         self._spawn(heartbeat.run())
         self._spawn(follower.watch())
         if not await self._unless_drained(self._load_model(session, follower)):
             return
         rollout = self._rollout(session, follower, spool, scorer)
-        heartbeat.rollout = rollout
+        heartbeat.rollout = vitals.rollout = rollout
         submitter = Submitter(
             spool=spool,
             rollouts=RolloutServiceStub(self._links.control),
@@ -211,31 +217,6 @@ class _Sampler:
         client = RewardClient(address)
         self._stack.push_async_callback(client.close)
         return client
-
-    def _serve_metrics(self, heartbeat: Heartbeat, session: LearnerSession, follower: Follower, spool: Spool) -> None:
-        """On metrics_address, if there is one; the address in use is written to state_dir while it serves."""
-
-        def observe() -> Observed:
-            return Observed(
-                tally=self._tally,
-                spool_groups=spool.groups,
-                spool_bytes=spool.bytes,
-                spool_limit_bytes=self._config.spool.max_bytes,
-                leases=0 if heartbeat.rollout is None else len(heartbeat.rollout.lease_ids),
-                policy_version=follower.version,
-                learner_version=session.learner_version,
-                engine_restarts=self._engine.restarts,
-                relay_fallbacks=self._weights.fallbacks,
-            )
-
-        metrics = Metrics("sampler")
-        metrics.registry.register(SamplerCollector(observe, asyncio.get_running_loop()))
-        address_file = self._config.state_dir / METRICS_ADDRESS_NAME
-        address_file.unlink(missing_ok=True)  # of a sampler that was killed
-        address = self._stack.enter_context(metrics.served(self._config.metrics_address))
-        if address is not None:
-            atomic_write(address_file, f"{address}\n".encode())
-            self._stack.callback(address_file.unlink, missing_ok=True)
 
     async def _load_model(self, session: LearnerSession, follower: Follower) -> None:
         self._model_dir = await fetch_model_files(session.settings, self._cache, self._config.state_dir)

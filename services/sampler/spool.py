@@ -27,7 +27,8 @@ class Spool:
     def __init__(self, file: SpoolFile, thread: ThreadPoolExecutor, max_bytes: int) -> None:
         self._file = file
         self._thread = thread
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
+        """Budget of payload bytes."""
         self._disk_full = False
         self.groups = 0
         """Groups on disk."""
@@ -116,10 +117,10 @@ class Spool:
         self._signal()
 
     def _signal(self) -> None:
-        full = self._disk_full or self.bytes >= self._max_bytes
+        full = self._disk_full or self.bytes >= self.max_bytes
         _switch(self.room, not full)
         _switch(self.empty, self.groups == 0)
-        _switch(self.leasing_room, not full and self.bytes < _LEASING_SHARE * self._max_bytes)
+        _switch(self.leasing_room, not full and self.bytes < _LEASING_SHARE * self.max_bytes)
 
     async def _wait_for_disk(self, error: StorageError) -> None:
         if not self._disk_full:

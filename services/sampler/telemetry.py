@@ -4,14 +4,25 @@ A scrape comes on a thread of its own; the numbers are read on the event loop, s
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.runtime.files import atomic_write
+from services.runtime.metrics import Metrics
+from services.sampler.engine import Engine
+from services.sampler.follower import Follower
+from services.sampler.rollout import Rollout
+from services.sampler.session import LearnerSession
+from services.sampler.spool import Spool
 from services.sampler.tally import Tally
+from services.sampler.weight_sources import WeightSources
 
+ADDRESS_NAME = "metrics_address"
 _ANSWER_S = 5.0
 _PREFIX = "heterorl_sampler"
 
@@ -72,6 +83,50 @@ _LABELLED: dict[str, tuple[str, str, Callable[[Observed], Mapping[str, float]]]]
     "verdicts": ("The learner's verdicts on submitted groups", "code", lambda o: o.tally.verdicts),
     "idle_seconds": ("Time in which the engine had no work", "reason", lambda o: o.tally.idle.seconds()),
 }
+
+
+@dataclass(slots=True, kw_only=True)
+class Vitals:
+    """The parts that are observed; follower and rollout exist once the learner has answered."""
+
+    tally: Tally
+    spool: Spool
+    session: LearnerSession
+    engine: Engine
+    weights: WeightSources
+    follower: Follower | None = None
+    rollout: Rollout | None = None
+
+    def observe(self) -> Observed:
+        return Observed(
+            tally=self.tally,
+            spool_groups=self.spool.groups,
+            spool_bytes=self.spool.bytes,
+            spool_limit_bytes=self.spool.max_bytes,
+            leases=0 if self.rollout is None else len(self.rollout.lease_ids),
+            policy_version=-1 if self.follower is None else self.follower.version,
+            learner_version=self.session.learner_version,
+            engine_restarts=self.engine.restarts,
+            relay_fallbacks=self.weights.fallbacks,
+        )
+
+
+@contextmanager
+def metrics_served(address: str, state_dir: Path, observe: Callable[[], Observed]) -> Generator[None]:
+    """Serves on `address` while the block runs ("" serves nothing) and keeps what it got in state_dir/metrics_address.
+
+    Called on the event loop. Raises as Metrics.served does."""
+    metrics = Metrics("sampler")
+    metrics.registry.register(SamplerCollector(observe, asyncio.get_running_loop()))
+    file = state_dir / ADDRESS_NAME
+    file.unlink(missing_ok=True)  # of a sampler that was killed
+    with metrics.served(address) as bound:
+        if bound is not None:
+            atomic_write(file, f"{bound}\n".encode())
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 class SamplerCollector(Collector):

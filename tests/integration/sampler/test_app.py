@@ -172,6 +172,9 @@ async def test_a_sampler_that_waits_for_its_learner_holds_its_state_and_ends_at_
 ) -> None:
     async with running_sampler(nobody, tmp_path / "s") as sampler:
         await sampler.event(f"registering with learner {nobody}")
+        samples = await sampler.scrape()
+        assert samples["policy_version_versions",] == -1
+        assert samples["idle_seconds_total", "starting"] > 0
         async with running_sampler(nobody, tmp_path / "s") as second:
             code, log = await second.ended()
         assert code == 74
