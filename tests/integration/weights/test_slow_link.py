@@ -1,0 +1,28 @@
+"""A link on which one chunk takes longer than the stall limit."""
+
+from pathlib import Path
+
+from services.lab.wan import LinkProfile, WanLink
+from tests.support.weight_site import ANY_PORT, following, learner_site, tampering
+from tests.unit.learner.weights_of_tests import make_weights
+
+CRAWLING = LinkProfile(rate_bit_s=1.5e6, queue_s=0.01)
+
+
+async def test_an_object_arrives_in_pieces_when_a_chunk_takes_too_long(tmp_path: Path) -> None:
+    async with (
+        learner_site(tmp_path / "learner") as site,
+        tampering(site.address) as (address, service),
+        WanLink(ANY_PORT, address, CRAWLING) as link,
+    ):
+        await site.publisher.publish(0, make_weights(1, 300_000))
+        update = site.versions.rows[0].update
+        assert update is not None
+        size = sum(ref.size_bytes for ref in update.objects)
+        assert size * 8 / CRAWLING.rate_bit_s > 2.0, "one chunk, for longer than two stall limits"
+        async with following(tmp_path / "s", link.address, site.public_key, stall_s=1.0) as sampler:
+            assert sampler.follower.root == site.root
+            assert sampler.sources.received_bytes["learner"] == size
+        assert service.fetches[0].length == 0
+        assert 0 < service.fetches[1].length <= 64 << 10
+        assert service.fetches[-1].offset > 0, "what came is not asked for again"
