@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps is not None:
         settings = dataclasses.replace(settings, steps=arguments.steps)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
     out = fresh_folder(arguments.out)
     asyncio.run(Demo(out, settings, console).run())
     print_summary(out, console)

@@ -34,9 +34,13 @@ class Story:
     events: list[str] = field(default_factory=list[str])
     rewards: list[float] = field(default_factory=list[float])
 
+    def timed(self, text: str) -> str:
+        """`text` behind the seconds since the start."""
+        return f"{time.monotonic() - self.started:6.1f} s  {text}"
+
     def tell(self, text: str) -> None:
-        """Adds an event with the seconds since the start."""
-        self.events.append(f"{time.monotonic() - self.started:6.1f} s  {text}")
+        """Adds an event."""
+        self.events.append(self.timed(text))
 
 
 class Demo:
@@ -107,7 +111,7 @@ class Demo:
                     if status.step > last_step:
                         self._story.rewards.append(status.metrics.get("reward_mean", 0.0))
                         if not self._console.is_terminal and status.step // 10 > last_step // 10:
-                            self._console.print(_line(status), highlight=False, soft_wrap=True)
+                            self._console.print(self._story.timed(_line(status)), highlight=False, soft_wrap=True)
                         last_step = status.step
                     screen.update(render(status, self._story.rewards, self._story.events[-8:]))
 
@@ -164,7 +168,7 @@ async def _first_failure_or(end: asyncio.Task[int], others: set[asyncio.Task[Non
 def _line(status: monitor_pb2.RunStatus) -> str:
     accuracy = f", held-out {status.evals[-1].accuracy:.1%}" if status.evals else ""
     return (
-        f"{status.uptime_s:6.1f} s  step {status.step}/{status.steps_total}: "
+        f"step {status.step}/{status.steps_total}: "
         f"reward {status.metrics.get('reward_mean', 0.0):.3f}{accuracy}, "
         f"staleness ≤ {max(status.staleness_histogram, default=0)}, idle {status.idle_share:.0%}"
     )
