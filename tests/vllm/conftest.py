@@ -70,8 +70,9 @@ class Engines:
 
 
 def eager(**settings: object) -> VllmSection:
-    """Without compiling: a quick start, the same weights path."""
-    return VllmSection.model_validate({"arguments": '{"enforce_eager": true}', "kv_cache_gb": 0.1, **settings})
+    """Without compiling: a quick start, the same weights path. Prompts of a batch do not fit into one step."""
+    arguments = '{"enforce_eager": true, "max_num_batched_tokens": 64}'
+    return VllmSection.model_validate({"arguments": arguments, "kv_cache_gb": 0.1, **settings})
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

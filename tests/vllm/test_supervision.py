@@ -11,6 +11,7 @@ import pytest
 from services.runtime.errors import ConfigError, EngineError, InputMissingError
 from services.sampler.config import EngineSection, VllmSection
 from services.sampler.engine_vllm import VllmEngine
+from services.sampler.vllm_child.staging import Staging
 from services.wire.delta import root_of
 from tests.support.engine_conformance import TinyPolicy, asking
 from tests.vllm.conftest import Engines, eager
@@ -34,7 +35,7 @@ async def test_groups_in_flight_at_a_kill_are_made_again_on_the_same_version(
     assert engine.child_pid not in (None, first_pid)
 
 
-async def test_a_child_that_dies_during_a_load_is_replaced_on_the_old_version(
+async def test_a_load_during_which_the_child_dies_is_done_by_the_next_child(
     engine: VllmEngine, policy: TinyPolicy
 ) -> None:
     before = await engine.generate(asking())
@@ -42,14 +43,30 @@ async def test_a_child_that_dies_during_a_load_is_replaced_on_the_old_version(
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     load = asyncio.create_task(engine.load(policy.other_weights, 4, root_of(policy.other_weights)))
-    held = asyncio.create_task(engine.generate(asking()))
+    in_flight = asyncio.create_task(engine.generate(asking()))
     await asyncio.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match="old version serves on"):
-        await load
-    after = await held
-    assert after.policy_version == before.policy_version == 3
-    assert after.completions == before.completions
+    assert (await in_flight).completions == before.completions
+    assert await load < 5
+    after = await engine.generate(asking())
+    assert after.policy_version == 4
+    assert after.completions != before.completions
+
+
+async def test_a_load_that_fails_leaves_the_old_version_on_a_fresh_child(
+    engine: VllmEngine, policy: TinyPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await engine.generate(asking())
+    restarts = engine.restarts
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"\0" * 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "update", lambda *_: damaged)
+        with pytest.raises(EngineError, match="failed to load"):
+            await engine.load(policy.other_weights, 4, root_of(policy.other_weights))
+    after = await engine.generate(asking())
+    assert replace(after, seconds=0.0) == replace(before, seconds=0.0)
+    assert engine.restarts == restarts + 1
 
 
 async def test_a_child_that_hangs_is_killed_and_replaced(in_flight: VllmEngine, policy: TinyPolicy) -> None:

@@ -6,12 +6,14 @@ vLLM's own continuous batching decides what runs: requests are added as they com
 they finish. The process ends when the parent's end of the socket closes, however that happens.
 """
 
+import logging
 import os
 import queue
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from typing import cast
 
@@ -47,9 +49,9 @@ class Parent:
 
 def serve(parent: Parent, start: Start) -> int:
     """Builds the engine and works until told to stop. Returns the exit code."""
-    from services.sampler.vllm_child.generator import Generator
-
     try:
+        from services.sampler.vllm_child.generator import Generator
+
         generator = Generator.build(start)
     except Exception as error:  # the child's end: the parent turns it into one sentence
         parent.send(_refusal(error))
@@ -91,6 +93,8 @@ def main() -> int:
     os.dup2(2, 1)  # vLLM logs to stdout, which belongs to whoever started the sampler
     # vLLM's tracing would load grpc, whose threads do not survive the forks of tensor-parallel workers.
     sys.modules["grpc"] = None  # pyright: ignore[reportArgumentType]
+    # Before it dies, vLLM logs every request with its token ids, by the page.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     parent = Parent(socket.socket(fileno=int(sys.argv[1])))
     start = parent.next_command(wait=True)
     if start is None or start["kind"] != "start":
@@ -99,6 +103,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:  # the process's end: the parent sees it, and starts another
+        traceback.print_exc()
+        code = 1
     sys.stderr.flush()
     os._exit(code)  # without vLLM's own exit handlers, which can hang on a broken device

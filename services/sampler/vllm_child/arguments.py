@@ -39,6 +39,10 @@ def engine_arguments(settings: EngineSection, device: str) -> dict[str, object]:
         "worker_extension_cls": "services.sampler.vllm_child.worker.ReloadExtension",
         "seed": 0,
     }
+    if device == "cpu":
+        # A prompt that is prefilled in parts makes vLLM 0.32 turn back the request's own random generator, which CPU
+        # generators cannot: the engine dies.
+        arguments["enable_chunked_prefill"] = False
     if own.swap == "in_flight":
         # A step that is scheduled ahead would run on new weights what is noted as drawn from the old ones.
         arguments["async_scheduling"] = False
@@ -57,6 +61,7 @@ def environment(settings: EngineSection, state_dir: Path, ours: Mapping[str, str
     defaults = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "VLLM_CACHE_ROOT": str(folder),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

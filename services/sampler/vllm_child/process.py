@@ -103,6 +103,11 @@ class VllmProcess:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
+    async def hang_up(self) -> int:
+        """Closes the socket, which ends the child as the parent's death would. Returns its exit code."""
+        await _close(self._writer)
+        return await self._process.wait()
+
     async def close(self, grace_s: float) -> None:
         """Asks it to end, kills it after `grace_s`, and reaps it."""
         self.send({"kind": "stop"})

@@ -92,6 +92,7 @@ class Supervisor:
             raise EngineError(f"vLLM {ended} while it loaded the model: see its messages above") from None
         self._up.set()
         self._task = asyncio.create_task(self._supervise(), name="vllm")
+        self._task.add_done_callback(self._note_end)
         return ready
 
     async def submit(self, asked: Generate) -> GeneratedGroup:
@@ -109,8 +110,19 @@ class Supervisor:
     async def load(self, path: str, held: Held) -> float:
         """Seconds that generation stood still. One call at a time. `path`: what differs from `held`; empty is nothing.
 
-        Raises EngineError when the child failed: the old version serves on.
+        A child that dies meanwhile may have been killed for other reasons: its successor is asked once more. Raises
+        EngineError when that one dies too or vLLM reports an error: the old version serves on.
         """
+        try:
+            return await self._load_once(path, held)
+        except ChildEndedError as ended:
+            _log.warning("load_repeated", version=held.version, why=str(ended))
+        try:
+            return await self._load_once(path, held)
+        except ChildEndedError as ended:
+            raise EngineError(f"the engine {ended} during a load, as before: the old version serves on") from None
+
+    async def _load_once(self, path: str, held: Held) -> float:
         await self._up.wait()
         self._raise_failure()
         answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -182,6 +194,12 @@ class Supervisor:
             self._note_death(how)
             await self._restart(how)
 
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """A fault of ours must not leave callers waiting."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("supervision_failed", exc_info=error)
+            self._fail(EngineError(f"the supervision of vLLM failed: {error}"))
+
     async def _serve(self, process: VllmProcess) -> str:
         """Passes reports on. Returns how the child ended."""
         watch = asyncio.create_task(process.watch())
@@ -216,7 +234,7 @@ class Supervisor:
     def _note_death(self, how: str) -> None:
         """A load that was waited for has failed; a group that has seen too many deaths is given up."""
         if self._load is not None:
-            _settle(self._load[0], EngineError(f"the engine {how} during a load: the old version serves on"))
+            _settle(self._load[0], ChildEndedError(how))
         for job in list(self._jobs.values()):
             job.deaths += 1
             if job.deaths >= _MOST_DEATHS_OF_A_GROUP:
@@ -259,16 +277,16 @@ class Supervisor:
             _, incoming = self._load
             self._held = incoming
             _settle(self._load[0], report["pause_s"])
-        elif report["kind"] == "load_failed":
-            _log.error("load_failed", why=report["message"])
+        elif report["kind"] == "load_failed" and self._load is not None:
+            _settle(self._load[0], EngineError(f"vLLM failed to load weights ({report['message']}): it starts anew"))
         self._mark_due()
 
 
-def _settle(answer: asyncio.Future[_T], outcome: _T | HeteroRLError) -> None:
+def _settle(answer: asyncio.Future[_T], outcome: _T | HeteroRLError | ChildEndedError) -> None:
     """A caller that has gone is not an error."""
     if answer.done():
         return
-    if isinstance(outcome, HeteroRLError):
+    if isinstance(outcome, HeteroRLError | ChildEndedError):
         answer.set_exception(outcome)
     else:
         answer.set_result(outcome)
