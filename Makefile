@@ -22,7 +22,7 @@ demo: $(STAMPS)/dev ## train a tiny policy over an emulated wide-area network (a
 	$(BIN)/heterorl demo
 
 test: $(STAMPS)/dev ## run all tests
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup tests
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests
 
 test-unit: $(STAMPS)/dev ## run the unit tests only
 	$(BIN)/python -m pytest tests/unit

@@ -23,7 +23,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-pytestmark = [pytest.mark.timeout(480), pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.timeout(480)]
 
 
 def test_accuracy_rises_by_thirty_points_and_every_group_is_accounted_for(demo: Path):

@@ -78,7 +78,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 process.wait()
 
 
-pytestmark = [pytest.mark.timeout(420), pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.timeout(420)]
 
 
 def test_three_steps_on_gsm8k_account_for_every_group_and_version(finished_run: Path):

@@ -34,7 +34,7 @@ lease = {{ heartbeat_s = 1, session_ttl_s = 10, ttl_s = 20 }}
 checkpoint = {{ every_steps = {CHECKPOINT_EVERY} }}
 """
 
-pytestmark = [pytest.mark.timeout(420), pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.timeout(420)]
 
 
 async def start(folder: Path, name: str, *words: str, failpoints: str = "") -> Process:

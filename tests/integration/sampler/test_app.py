@@ -20,7 +20,7 @@ from services.learner.config import LearnerConfig
 from tests.support.learner_in_process import running_learner, small_config
 
 POLICY = Path(__file__).parents[3] / "services" / "lab" / "assets" / "tiny-policy"
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("heavy")]
+pytestmark = [pytest.mark.timeout(300)]
 
 
 @pytest.fixture
