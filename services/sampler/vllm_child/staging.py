@@ -4,12 +4,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from services.runtime.files import storage_errors
+from services.runtime.errors import StorageError
+from services.runtime.files import LOCK_NAME, locked_directory, storage_errors
 from services.wire.delta import BitTensor, Weights, write_weights
 
 _MEMORY = Path("/dev/shm")
+_PREFIX = "heterorl-vllm-"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _WEIGHT_INDEX = ".index.json"
 
@@ -21,7 +24,10 @@ class Staging:
         place = parent or (_MEMORY if _free_bytes(_MEMORY) > 2 * weight_bytes else fallback)
         with storage_errors(f"make a folder for weights in {place}"):
             place.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix="heterorl-vllm-", dir=place))
+            _remove_orphans(place)
+            self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        self._lock = ExitStack()
+        self._lock.enter_context(locked_directory(self.folder))
 
     def model_dir(self, source: Path, weights: Weights) -> Path:
         """A Hugging Face folder: config and tokenizer of `source`, these weights. Raises StorageError."""
@@ -50,6 +56,7 @@ class Staging:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     @property
     def _model_weights(self) -> Path:
@@ -68,6 +75,14 @@ def touched(held: Weights, new: Weights) -> dict[str, BitTensor]:
 
 def weight_bytes(weights: Mapping[str, BitTensor]) -> int:
     return sum(tensor.nbytes for tensor in weights.values())
+
+
+def _remove_orphans(place: Path) -> None:
+    """Folders of processes that were killed: their lock is free. Left alone, they would fill the memory."""
+    for folder in place.glob(f"{_PREFIX}*"):
+        if (folder / LOCK_NAME).exists():
+            with suppress(StorageError), locked_directory(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _same(held: BitTensor | None, new: BitTensor) -> bool:

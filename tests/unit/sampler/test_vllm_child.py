@@ -61,6 +61,17 @@ def test_staging_gives_config_and_tokenizer_with_the_held_weights_only(tmp_path:
     assert not (tmp_path / "unused").exists()
 
 
+def test_folders_of_killed_processes_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
+    running = Staging(tmp_path, tmp_path, 64)
+    orphan = tmp_path / "heterorl-vllm-orphan"
+    orphan.mkdir()
+    (orphan / ".lock").touch()
+    later = Staging(tmp_path, tmp_path, 64)
+    assert set(tmp_path.iterdir()) == {running.folder, later.folder}
+    for staging in (running, later):
+        staging.remove()
+
+
 def test_settings_reach_vllm_by_its_own_names() -> None:
     vllm = VllmSection(
         max_model_len=4096,
