@@ -37,7 +37,7 @@ def test_json_holds_one_object_per_case_and_agrees_with_the_oracle(
         order = sorted(range(len(case.groups)), key=lambda i: case.groups[i])
         pick = lambda values: [values[i] for i in order]  # noqa: E731, B023
         case.logp, case.logq, case.rewards = pick(case.logp), pick(case.logq), pick(case.rewards)
-        case.groups, case.prox = pick(case.groups), None
+        case.groups, case.prox, case.staleness = pick(case.groups), None, None
         expected.append(oracle.evaluate(case))
         cases.append(
             {

@@ -46,6 +46,7 @@ def permuted(case: Case, order: list[int]) -> Case:
         prox=pick(case.prox),
         ref=pick(case.ref),
         overlong=pick(case.overlong),
+        staleness=pick(case.staleness),
         options=case.options,
     )
 
