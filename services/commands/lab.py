@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="experiment", metavar="EXPERIMENT", required=True)
     _add_staleness(kinds.add_parser("staleness", help="losses under delay: accuracy, variance, KL, with intervals"))
+    theory = kinds.add_parser("theory", help="the theorems on small policies: where which weight varies less")
+    theory.add_argument("--out", type=Path, default=Path("runs/lab"), help="folder of theory.json and theory.svg")
+    theory.add_argument("--points", type=int, default=200, help="points of the Bernoulli grid in each direction (200)")
+    theory.add_argument("--group-size", type=int, default=8, help="draws per group (8)")
+    theory.add_argument("--json", action="store_true", help="print JSON instead of text")
+    replay = kinds.add_parser("replay", help="a run's recorded groups under other losses, by staleness")
+    replay.add_argument("--run", type=Path, required=True, metavar="STATE_DIR", help="state_dir of a learner")
+    replay.add_argument("--policy", type=Path, default=None, help="policy directory (STATE_DIR/policy)")
+    replay.add_argument("--losses", default="gepo,gspo,grpo", help="comma-separated; NAME:key=value sets [loss] keys")
+    replay.add_argument("--groups", type=int, default=64, help="most groups of each bucket, the newest ones (64)")
+    replay.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:N"')
+    replay.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_staleness(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +47,68 @@ def _add_staleness(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return _staleness(arguments)
+    match arguments.experiment:
+        case "theory":
+            return _theory(arguments)
+        case "replay":
+            return _replay(arguments)
+        case _:
+            return _staleness(arguments)
+
+
+def _theory(arguments: argparse.Namespace) -> int:
+    from services.lab.theory import bernoulli_grid, findings, gaussian_line
+    from services.runtime.files import atomic_write
+
+    if arguments.points < 2 or arguments.group_size < 2:
+        raise UsageError("--points and --group-size must be 2 or more")
+    grid, line = bernoulli_grid(arguments.points, arguments.group_size), gaussian_line()
+    found = findings(grid, line)
+    _make(arguments.out)
+    atomic_write(arguments.out / "theory.json", json.dumps(found, indent=1).encode() + b"\n")
+
+    from services.lab.plots import draw_theory
+
+    draw_theory(grid, line, arguments.out / "theory.svg")
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print("\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items()))
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from services.lab.replay import as_table, read_buckets, replay
+    from services.lab.staleness import parse_contender
+    from services.learner.data_plane import JOURNAL_FILE
+
+    if arguments.groups < 1:
+        raise UsageError("--groups must be 1 or more")
+    losses = [(one.label, one.settings) for one in map(parse_contender, _words(arguments.losses))]
+    buckets = read_buckets(arguments.run / JOURNAL_FILE, arguments.groups)
+    policy = arguments.policy or arguments.run / "policy"
+    found = list(replay(buckets, policy, losses, device=arguments.device))
+    if arguments.json:
+        print(json.dumps([one.as_json() for one in found], allow_nan=False))
+    else:
+        Console().print(as_table(found))
+    return 0
+
+
+def _make(folder: Path) -> None:
+    from services.runtime.files import storage_errors
+
+    with storage_errors(f"make folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _staleness(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from services.lab.staleness import Grid, parse_contender, run_grid
-    from services.lab.tables import as_table, lines_of
+    from services.lab.tables import as_table, compared, lines_of
     from services.runtime.files import atomic_write
 
     if arguments.seeds < 1 or arguments.workers < 1:
@@ -57,7 +123,13 @@ def _staleness(arguments: argparse.Namespace) -> int:
     progress = Console(stderr=True)
     results = run_grid([cell for _, cell in pairs], arguments.out, arguments.workers, progress)
     lines = lines_of([contender.label for contender, _ in pairs], results)
-    found = {"arena": results[0].cell.arena.model_dump(mode="json"), "lines": [line.as_json() for line in lines]}
+    found = {
+        "arena": results[0].cell.arena.model_dump(mode="json"),
+        "lines": [line.as_json() for line in lines],
+        "against_the_best_other": {
+            label: compared(lines, label) for label in dict.fromkeys(one.label for one in lines)
+        },
+    }
     text = json.dumps(found, allow_nan=False)
     atomic_write(arguments.out / "staleness.json", text.encode() + b"\n")
     if not arguments.no_plots:

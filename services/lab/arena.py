@@ -80,8 +80,9 @@ class Cell(Section):
 
     @property
     def key(self) -> str:
-        """Its file name without suffix: what a person looks for, and a digest of all that it depends on."""
-        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:10]
+        """Its file name without suffix: what a person looks for, and a digest of all that it depends on. Keys at their
+        default are left out of the digest, so that a new key of a later release keeps old results."""
+        digest = hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:10]
         words = (self.arena.task, self.loss.name, f"{self.optimizer.lr:g}", self.delay_name, f"s{self.seed}", digest)
         return re.sub(r"[^A-Za-z0-9.+-]+", "_", "-".join(words))
 

@@ -3,7 +3,7 @@
     every task waits ─► next timer at t ─► the clock says t ─► its task runs, in no time ─► …
 
 So `asyncio.sleep(1800)` costs nothing, and what runs is ordinary asyncio code: production's buffer waits and wakes as
-it does on the wall clock. One thread, timers in order of time and then of creation: the same program, the same run.
+it does on the wall clock. One thread, no clock but this: the same program, the same run.
 """
 
 import asyncio

@@ -80,6 +80,12 @@ class CellResult(Section):
         """Best minus last."""
         return self.best - self.last
 
+    @property
+    def late(self) -> float:
+        """Mean accuracy of the last five measurements: what `last` is without the chance of one moment."""
+        tail = self.course[-5:]
+        return sum(measured.accuracy for measured in tail) / len(tail)
+
 
 @dataclass(slots=True)
 class _Notes:
@@ -232,6 +238,7 @@ async def _learn(
     for version in range(arena.steps):
         taken = await buffer.take(arena.prompts_per_step, version)
         groups = [_train_group(pending, version, loop.time()) for pending in taken]
+        desk.in_training = len(groups)
         notes.staleness.update(group.staleness for group in groups)
         outcome = trainer.step(groups)
         if outcome.applied:
@@ -242,6 +249,7 @@ async def _learn(
         if (version + 1) % arena.eval_every == 0 or version + 1 == arena.steps:
             notes.measure(version + 1, judge.accuracy(model))
         await bulletin.publish(version + 1, snapshot(model))
+        desk.in_training = 0
         desk.pacing.advanced()
         await desk.changed()
 

@@ -5,8 +5,12 @@
 A run that is cut goes on where it was: a cell's file is written whole or not at all, and named by all its settings.
 """
 
+import ctypes
 import itertools
 import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,9 +26,11 @@ from services.lab.arena import Arena, Cell
 from services.lab.experiment import CellResult, run_cell
 from services.learner.config import OptimizerSection
 from services.learner.losses.settings import LossName, LossSettings
-from services.runtime.errors import BadInputError, EngineError, StorageError, UsageError
-from services.runtime.files import atomic_write
+from services.runtime.errors import BadInputError, EngineError, UsageError
+from services.runtime.files import atomic_write, storage_errors
 from services.sampler.delays import DelayKind, DelayModel, DelaySection
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,7 @@ class Grid:
 
 
 def make_cell(arena: Arena, contender: Contender, *, rate: float, delay: str, seed: int, links: str) -> Cell:
-    """`delay`: a number of versions, or a kind of delay; `links`: "weights", "rollouts" or "both". Raises UsageError."""
+    """`delay`: a number of versions or a kind of delay; `links`: "weights", "rollouts" or "both". Raises UsageError."""
     lag = int(delay) if delay.isdigit() else None
     section = DelaySection()
     if lag is None:
@@ -102,10 +108,8 @@ def run_grid(cells: Sequence[Cell], out: Path, workers: int, console: Console) -
     Raises StorageError (OUT cannot be written), EngineError (a worker died), and what `run_cell` raises.
     """
     folder = out / "cells"
-    try:
+    with storage_errors(f"make folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made ({error}): choose another --out") from error
     missing = [cell for cell in cells if not (folder / f"{cell.key}.json").exists()]
     if missing:
         _run_missing(missing, out, min(workers, len(missing)), console, done=len(cells) - len(missing))
@@ -114,7 +118,9 @@ def run_grid(cells: Sequence[Cell], out: Path, workers: int, console: Console) -
 
 def _run_missing(missing: Sequence[Cell], out: Path, workers: int, console: Console, done: int) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+    )
     try:
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task("cells", total=done + len(missing), completed=done)
@@ -122,11 +128,18 @@ def _run_missing(missing: Sequence[Cell], out: Path, workers: int, console: Cons
             for future in as_completed(futures):
                 progress.update(bar, advance=1, description=future.result())
     except BrokenProcessPool as error:
-        raise EngineError(
-            "a worker process died, perhaps for lack of memory: use fewer --workers, and run again"
-        ) from error
+        reason = "a worker process died, perhaps for lack of memory"
+        raise EngineError(f"{reason}: run again with fewer --workers") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """A worker is ended by the kernel when its parent ends, however it ends: nobody would collect what it computes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(0)
 
 
 def work(cell_json: str, out: str) -> str:

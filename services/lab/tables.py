@@ -12,6 +12,7 @@ FIGURES: dict[str, Callable[[CellResult], float]] = {
     "best": lambda result: result.best,
     "last": lambda result: result.last,
     "gap": lambda result: result.gap,
+    "late": lambda result: result.late,
     "grad_norm": lambda result: result.grad_norm_mean,
     "grad_norm_max": lambda result: result.grad_norm_max,
     "weight_var": lambda result: result.weight_var_mean,
@@ -19,7 +20,7 @@ FIGURES: dict[str, Callable[[CellResult], float]] = {
     "clip_share": lambda result: result.clip_share_mean,
 }
 """Columns of the table, and keys of the JSON."""
-_SHOWN = ("best", "last", "gap", "grad_norm", "weight_var", "kl")
+_SHOWN = ("best", "last", "gap", "late", "grad_norm", "weight_var", "kl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class Line:
             **{figure: self.estimate(figure).as_json() for figure in FIGURES},
             "best_by_seed": [result.best for result in self.results],
             "last_by_seed": [result.last for result in self.results],
+            "late_by_seed": [round(result.late, 6) for result in self.results],
             "skipped_steps": sum(result.skipped_steps for result in self.results),
             "dropped": _summed([result.dropped for result in self.results]),
             "staleness": _summed([result.staleness for result in self.results]),
@@ -108,8 +110,8 @@ def leading(lines: Sequence[Line]) -> dict[tuple[str, float, str], Line]:
 
 
 def compared(lines: Sequence[Line], label: str) -> list[dict[str, object]]:
-    """`label` against the best other loss of each task, learning rate and delay: paired differences of the last
-    accuracy over the seeds that both have."""
+    """`label` against the loss with the best last accuracy among the others, for each task, learning rate and delay:
+    paired differences over the seeds that both have."""
     rows: list[dict[str, object]] = []
     others = [line for line in lines if line.label != label]
     best = leading(others)
@@ -117,12 +119,15 @@ def compared(lines: Sequence[Line], label: str) -> list[dict[str, object]]:
         rival = best.get((line.task, line.rate, line.delay))
         if line.label != label or rival is None:
             continue
-        theirs = {result.cell.seed: result.last for result in rival.results}
-        ours = {result.cell.seed: result.last for result in line.results if result.cell.seed in theirs}
+        theirs = {result.cell.seed: result for result in rival.results}
+        ours = [result for result in line.results if result.cell.seed in theirs]
         if ours:
-            difference = paired(list(ours.values()), [theirs[seed] for seed in ours])
-            place = {"task": line.task, "lr": line.rate, "delay": line.delay, "rival": rival.label}
-            rows.append({**place, "last_difference": difference.as_json()})
+            row: dict[str, object] = {"task": line.task, "lr": line.rate, "delay": line.delay, "rival": rival.label}
+            for figure in ("last", "late"):
+                of = FIGURES[figure]
+                difference = paired([of(one) for one in ours], [of(theirs[one.cell.seed]) for one in ours])
+                row[f"{figure}_difference"] = difference.as_json()
+            rows.append(row)
     return rows
 
 

@@ -56,6 +56,8 @@ class Desk:
         self.pacing = Pacing(rules, clock)
         self.out = 0
         """Groups that samplers work on, or that are on their way."""
+        self.in_training = 0
+        """Groups of the step in progress: as in production they take room until the version they lead to is out."""
 
     async def changed(self) -> None:
         """To be called after whatever makes room."""
@@ -66,7 +68,7 @@ class Desk:
         """Waits until there is room for `count` groups and the sampler's version will not be stale on arrival."""
 
         def allowed() -> bool:
-            waiting = len(self._buffer)
+            waiting = len(self._buffer) + self.in_training
             if self.out + waiting and self.out + waiting + count > self._rules.room:
                 return False
             needed = self.pacing.needed_version(sampler_id, newest(), self.out, waiting)

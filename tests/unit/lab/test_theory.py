@@ -1,0 +1,55 @@
+"""The theorems on small policies."""
+
+import math
+
+import numpy as np
+import pytest
+
+from services.lab.theory import bernoulli_grid, findings, gaussian_line
+
+
+def test_the_group_weight_of_unit_gaussians_crosses_at_the_known_gap() -> None:
+    line = gaussian_line()
+    assert line.crossing == pytest.approx(0.398, abs=5e-4)
+    # Closed forms: Var[p/q] = exp(gap²) - 1, E_q[p] = exp(-gap²/4) / (2 √π).
+    assert line.moments["own"].variance == pytest.approx(np.exp(line.gaps**2) - 1, rel=1e-6, abs=1e-9)
+    assert line.moments["group"].mean == pytest.approx(np.exp(-(line.gaps**2) / 4), rel=1e-9)
+
+
+def test_the_theorems_hold_on_the_grid_and_the_group_weight_still_varies_more_on_a_third_of_it() -> None:
+    found = findings(bernoulli_grid(60), gaussian_line())
+    assert found["theorem_1_holds_share"] == 1.0
+    assert found["theorem_2_holds_share"] == 1.0
+    assert found["exact_group_variance_larger_share"] == pytest.approx(0.32, abs=0.02)
+    assert isinstance(found["theorem_1_bound_is_positive_share"], float)
+    assert found["theorem_1_bound_is_positive_share"] < 0.1
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_larger_denominators_have_second_moments_below_both(size: int) -> None:
+    found = findings(bernoulli_grid(40, size), gaussian_line(points=21))
+    for kind in ("exact", "drawn"):
+        for name in ("bound", "max"):
+            assert found[f"{kind}_{name}_second_moment_never_above_either"] is True
+
+
+def test_moments_are_those_of_a_simulation() -> None:
+    rng = np.random.default_rng(0)
+    grid = bernoulli_grid(10, 4)
+    down, across = 2, 6
+    p, q = float(grid.chances[down]), float(grid.chances[across])
+    first = rng.random((200_000, 4)) < q
+    q_j, p_j = np.where(first, q, 1 - q), np.where(first, p, 1 - p)
+    e = (q_j**2).sum(1, keepdims=True) / q_j.sum(1, keepdims=True)
+    denominators = {"own": q_j, "group": e, "bound": np.maximum(q_j, e), "max": q_j.max(1, keepdims=True)}
+    for name, denominator in denominators.items():
+        weight = p_j / denominator
+        assert weight.mean() == pytest.approx(grid.drawn[name].mean[down, across], rel=0.01)
+        assert (weight**2).mean() == pytest.approx(grid.drawn[name].second[down, across], rel=0.02)
+
+
+def test_on_policy_the_ordinary_weight_is_one() -> None:
+    grid = bernoulli_grid(10)
+    assert np.diag(grid.exact["own"].variance) == pytest.approx(0.0, abs=1e-12)
+    assert grid.kl[3, 3] == 0.0
+    assert math.isclose(grid.exact["own"].mean[2, 7], 1.0)
