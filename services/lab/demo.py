@@ -100,7 +100,7 @@ class Demo:
         code = await learner_end
         if code != 0:
             raise EngineError(f"the learner ended with exit code {code}:\n{learner.last_lines()}")
-        self._tell("the learner has ended: policy exported")
+        self._tell("the learner has ended")
 
     async def _watch(self, screen: Live) -> None:
         """Follows WatchStatus and draws. Ends with the learner: its stream then fails, which is no error here."""

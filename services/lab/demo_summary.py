@@ -51,6 +51,8 @@ def print_summary(out: Path, console: Console) -> None:
         prompt, answer = ask(out / "policy", "358+467=")
         console.print(f"the exported policy answers: {prompt}[bold]{answer}[/]")
     for name in ("report.html", "summary.json", "metrics.jsonl", "policy"):
+        if not (out / name).exists():
+            continue  # an interrupted run exports no policy
         console.print(f"{out / name}", highlight=False, soft_wrap=True)
 
 
