@@ -1,6 +1,8 @@
 """From restore to batch on a real journal, without a server."""
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -227,13 +229,19 @@ async def test_a_cancelled_take_batch_keeps_the_groups(tmp_path: Path) -> None:
     async with Running(await open_plane(tmp_path)) as run:
         await run.plane.advance(0, root(0))
         await run.answer(*await run.lease(2))
+        gate = threading.Event()
+        executor = ThreadPoolExecutor(1)  # held by the gate: no batch can be decoded before its task is cancelled
+        asyncio.get_running_loop().set_default_executor(executor)
+        executor.submit(gate.wait)
         for turns in range(4):
             taking = asyncio.create_task(run.plane.take_batch(2, 0))
             for _ in range(turns):
                 await asyncio.sleep(0)
             taking.cancel()
             await asyncio.wait([taking])
+            assert taking.cancelled()
             assert run.plane.waiting == 2
+        gate.set()
         assert len((await run.plane.take_batch(2, 0)).ids) == 2
 
 
