@@ -10,6 +10,8 @@ PROTOC_ARGS := --proto_path=proto --plugin=protoc-gen-mypy=.venv-proto/bin/proto
 	--plugin=protoc-gen-mypy_grpc=.venv-proto/bin/protoc-gen-mypy_grpc
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Compiled modules are kept: without them every test process compiles all of the project and its tests again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 
@@ -25,7 +27,7 @@ test: $(STAMPS)/dev ## run all tests
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests
 
 test-unit: $(STAMPS)/dev ## run the unit tests only
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests/unit
 
 verify: verify-format verify-lint verify-types verify-imports verify-proto verify-config ## every check that changes nothing
 

@@ -20,7 +20,6 @@ from services.sampler.backoff import Backoff
 from services.sampler.engine import Engine, Generated, GenerateRequest
 from services.sampler.follower import Follower
 from services.sampler.idle import IdleReason
-from services.sampler.prompts import PromptCodec
 from services.sampler.scoring import GroupScorer, GroupScores
 from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
@@ -29,8 +28,9 @@ from services.wire.channel import MESSAGE_BYTES
 from services.wire.convert import encode_group, from_lease, to_session
 from services.wire.types import Completion, Lease, LeasePurpose, ScoredGroup
 
-if TYPE_CHECKING:  # generated stubs exist for type checkers only
+if TYPE_CHECKING:  # generated stubs exist for type checkers only; a tokenizer brings transformers
     from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
+    from services.sampler.prompts import PromptCodec
 
 _log = get_logger("sampler.rollout")
 _LEASE_WAIT_MS = 10_000
@@ -66,7 +66,7 @@ class Rollout:
         session: LearnerSession,
         follower: Follower,
         engine: Engine,
-        prompts: PromptCodec,
+        prompts: "PromptCodec",
         scorer: GroupScorer,
         spool: Spool,
         tally: Tally,

@@ -12,7 +12,7 @@ from services.learner.config import OptimizerSection, PolicySection
 from services.learner.losses.settings import LossName, LossSettings
 from services.learner.policy import Policy, load_policy
 from services.learner.trainer import Trainer, TrainerSettings
-from tests.unit.learner.groups_of_tests import train_group
+from tests.support.train_groups import train_group
 
 GROUPS = [train_group(seed, staleness=seed % 3) for seed in range(4)]
 

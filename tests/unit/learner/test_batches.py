@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from services.learner.batches import build_batch, micro_batches
-from tests.unit.learner.groups_of_tests import train_group
+from tests.support.train_groups import train_group
 
 
 def test_each_column_predicts_the_next_token_of_its_row() -> None:

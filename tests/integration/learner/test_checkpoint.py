@@ -12,7 +12,7 @@ from services.learner.trainer import Trainer, TrainerSettings
 from services.runtime import failpoints
 from services.runtime.errors import CorruptObjectError, StorageError
 from services.wire.delta import root_of
-from tests.unit.learner.groups_of_tests import train_group
+from tests.support.train_groups import train_group
 
 
 def fresh(policy_dir: Path) -> tuple[Policy, Trainer]:
