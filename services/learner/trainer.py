@@ -169,13 +169,11 @@ def _mismatch(
     gap_B = torch.zeros(len(batch), dtype=torch.float64)
     for index_b, gap_b in gaps:
         gap_B[index_b] = gap_b
-    tokens_B = batch.loss_inputs.mask_BT.sum(1)
     found: dict[str, Mismatch] = {}
-    for row, number in enumerate(batch.loss_inputs.group_B.tolist()):
+    columns = (batch.loss_inputs.group_B, gap_B, batch.loss_inputs.mask_BT.sum(1))
+    for number, gap, tokens in zip(*(column.tolist() for column in columns), strict=True):
         item = groups[number]
         if item.staleness == 0:
             before = found.get(item.sampler_id, Mismatch(total=0.0, tokens=0))
-            found[item.sampler_id] = Mismatch(
-                total=before.total + float(gap_B[row]), tokens=before.tokens + int(tokens_B[row])
-            )
+            found[item.sampler_id] = Mismatch(total=before.total + gap, tokens=before.tokens + tokens)
     return found
