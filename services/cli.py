@@ -2,10 +2,13 @@
 
 import argparse
 import importlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
-from services.runtime.errors import HeteroRLError
+from services.runtime.errors import HeteroRLError, StorageError
 
 VERBS: dict[str, str] = {
     "learner": "train the policy and serve weights, prompts and acknowledgements",
@@ -51,12 +54,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
-        return importlib.import_module(f"services.commands.{arguments.verb}").run(arguments)
+        code = importlib.import_module(f"services.commands.{arguments.verb}").run(arguments)
+        sys.stdout.flush()
+        return code
     except HeteroRLError as error:
         print(f"heterorl {arguments.verb}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"heterorl {arguments.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return StorageError.exit_code
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads our output any more, as behind `| head`; then what is left of it goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

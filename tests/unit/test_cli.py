@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -49,3 +50,14 @@ def test_words_that_no_verb_knows_are_refused(capsys: pytest.CaptureFixture[str]
 
 def test_the_parser_names_every_verb():
     assert all(verb in build_parser(None).format_help() for verb in VERBS)
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "services.cli", "config", "default", "learner"],
+        stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
