@@ -51,7 +51,7 @@ verify-proto: $(STAMPS)/proto
 		{ echo "generated code differs from proto/: run make fix-proto"; exit 1; }; done; echo "generated code is current"
 
 verify-config: $(STAMPS)/dev
-	@for role in learner sampler; do $(BIN)/heterorl config default $$role | diff - deploy/config/$$role.toml || \
+	@for role in learner sampler relay; do $(BIN)/heterorl config default $$role | diff - deploy/config/$$role.toml || \
 		{ echo "deploy/config/$$role.toml differs from the config classes: run make fix-config"; exit 1; }; done; \
 		echo "deploy/config is current"
 
@@ -66,7 +66,7 @@ fix-proto: $(STAMPS)/proto
 		--mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
 
 fix-config: $(STAMPS)/dev
-	@for role in learner sampler; do $(BIN)/heterorl config default $$role > deploy/config/$$role.toml; done
+	@for role in learner sampler relay; do $(BIN)/heterorl config default $$role > deploy/config/$$role.toml; done
 
 setup-vllm: $(STAMPS)/vllm ## make the second environment, with a real vLLM for CPUs (2.4 GB; a few minutes)
 
