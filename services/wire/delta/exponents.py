@@ -27,8 +27,8 @@ EXPONENT_SHIFT = {"BF16": 7, "F16": 10, "F32": 23}
 MAX_GROUPS = 64
 EXPONENTS = 256
 SAMPLE_STRIDE = 31
-GROUP_COST_BITS = 1100.0
-HOT_COST_BITS = 0.03
+GROUP_COST_BITS = 600.0
+HOT_COST_BITS = 0.01
 """What a group adds in headers and Huffman tables; and the price of time: sorting an element is worth so many bits."""
 
 Exponents = np.ndarray[tuple[int], np.dtype[np.uint8]]

@@ -38,15 +38,17 @@ def scan(base: Bits, new: Bits, offset: int = 0) -> Changes:
 
     `offset` is added to the positions.
     """
-    flags = np.empty(min(SCAN_ELEMENTS, base.size), np.bool_)
+    room = min(SCAN_ELEMENTS, base.size)
+    block, flags = np.empty(room, base.dtype), np.empty(room, np.bool_)
     positions: list[Positions] = []
     differences: list[Bits] = []
     for start in range(0, base.size, SCAN_ELEMENTS):
-        before, after = base[start : start + SCAN_ELEMENTS], new[start : start + SCAN_ELEMENTS]
-        block = flags[: before.size]
-        np.not_equal(before, after, out=block)
-        found = block.nonzero()[0]
-        differences.append(after[found] - before[found])
+        size = min(SCAN_ELEMENTS, base.size - start)
+        difference, flag = block[:size], flags[:size]
+        np.subtract(new[start : start + size], base[start : start + size], out=difference)
+        np.not_equal(difference, 0, out=flag)  # numpy finds the few that are true fast among booleans only
+        found = flag.nonzero()[0]
+        differences.append(difference[found])
         found += start + offset
         positions.append(found)
     if not positions:
@@ -66,28 +68,25 @@ def add_to(target: Bits, source: Bits, positions: Positions, differences: Bits) 
 
 def gaps_of(positions: Positions) -> Bytes8:
     """Rising positions as gap bytes."""
-    gaps = np.empty(positions.size, np.uint32)
+    gaps = np.empty(positions.size, np.int64)
     gaps[:1] = positions[:1]
-    np.subtract(positions[1:], positions[:-1], out=gaps[1:], casting="unsafe")
-    gaps[1:] -= np.uint32(1)
-    escapes = gaps // np.uint32(ESCAPE)
-    rest = (gaps - escapes * np.uint32(ESCAPE)).astype(np.uint8)
-    if not escapes.any():
-        return rest
-    ends = np.cumsum(escapes, dtype=np.int64)
-    ends += np.arange(gaps.size)
-    coded = np.full(int(ends[-1]) + 1, ESCAPE, np.uint8)
-    coded[ends] = rest
-    return coded
+    np.subtract(positions[1:], positions[:-1], out=gaps[1:])
+    gaps[1:] -= 1
+    long = np.flatnonzero(gaps >= ESCAPE)
+    if long.size == 0:
+        return gaps.astype(np.uint8)
+    escapes, gaps[long] = np.divmod(gaps[long], ESCAPE)
+    return np.insert(gaps.astype(np.uint8), np.repeat(long, escapes), np.uint8(ESCAPE))
 
 
 def positions_of(coded: Bytes8, count: int) -> Positions:
     """The inverse of `gaps_of`. Raises CorruptObjectError where a position lies at or beyond `count`."""
-    ends = np.flatnonzero(coded != ESCAPE)
-    if coded.size and (ends.size == 0 or ends[-1] != coded.size - 1):
+    is_end = coded != ESCAPE
+    if coded.size and not is_end[-1]:
         raise CorruptObjectError("a list of gaps ends inside a gap: fetch the object again")
-    positions = np.cumsum(coded, dtype=np.int64)[ends]
-    positions += np.arange(ends.size)
+    reached = np.cumsum(coded, dtype=np.int64)
+    positions = reached[is_end] if coded.size else reached
+    positions += np.arange(positions.size)
     if positions.size and positions[-1] >= count:
         raise CorruptObjectError("a change lies outside its chunk: fetch the object again")
     return positions
@@ -100,21 +99,22 @@ def max_gap_bytes(count: int) -> int:
 
 def pack_differences(differences: Bits) -> bytes:
     """Signs and sizes of differences that are never 0."""
-    signed = differences.view(SIGNED[differences.dtype.itemsize])
-    negative = signed < 0
-    sizes = np.where(negative, -differences, differences)
-    big = np.flatnonzero(sizes != 1)
+    dtype = differences.dtype.type
+    negative = differences.view(SIGNED[differences.dtype.itemsize]) < 0
+    big = np.flatnonzero((differences + dtype(1)) & ~dtype(2))  # 1 and -1 become 2 and 0
+    sizes = differences[big]
+    sizes = np.where(negative[big], -sizes, sizes)
     signs = pack(np.packbits(negative), try_zstd=False)
-    return signs + pack(gaps_of(big)) + pack_planes(sizes[big] - differences.dtype.type(2))
+    return signs + pack(gaps_of(big)) + pack_planes(sizes - dtype(2))
 
 
 def read_differences(reader: StreamReader, count: int, dtype: "np.dtype[np.unsignedinteger]") -> Bits:
     """The inverse of `pack_differences` for `count` changes."""
     negative = np.unpackbits(reader.exact((count + 7) // 8), count=count).view(np.bool_)
     big = positions_of(reader.stream(max_gap_bytes(count)), count)
-    one, two = dtype.type(1), dtype.type(2)
-    differences = np.where(negative, -np.ones(1, dtype), one)
-    sizes = read_planes(reader, big.size, dtype) + two
+    # 1 becomes 1 and, where negative, 1 - 2 = -1
+    differences = dtype.type(1) - (negative.view(np.uint8).astype(dtype) << dtype.type(1))
+    sizes = read_planes(reader, big.size, dtype) + dtype.type(2)
     differences[big] = np.where(negative[big], -sizes, sizes)
     return differences
 
