@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 from typing import cast
 
+from services.commands.connection import add_tls_arguments, tls_overrides
 from services.runtime.config import add_config_arguments, load
 from services.runtime.log import configure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_tls_arguments(parser, "learner")
     add_config_arguments(parser)
     parser.add_argument("--check", action="store_true", help="check configuration, certificates and inputs, then end")
 
@@ -18,7 +20,8 @@ def run(arguments: argparse.Namespace) -> int:
     from services.learner.config import LearnerConfig
 
     path = cast("Path | None", arguments.config)
-    config = load(LearnerConfig, path, arguments.overrides, os.environ).value
+    overrides = tls_overrides(arguments, "listen") + list(arguments.overrides)
+    config = load(LearnerConfig, path, overrides, os.environ).value
     configure(config.log)
     from services.learner.preflight import preflight
 

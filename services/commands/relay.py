@@ -2,8 +2,8 @@
 
 import argparse
 import os
-from pathlib import Path
 
+from services.commands.connection import add_tls_arguments, tls_overrides
 from services.runtime.config import add_config_arguments, load
 
 _SHORT = {
@@ -18,11 +18,7 @@ _SHORT = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upstream", metavar="HOST:PORT", help="the learner; the same as --connect.upstream")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where samplers ask; the same as --listen.address")
-    parser.add_argument(
-        "--tls", type=Path, metavar="DIR", help="folder of certificates, as `heterorl pki dev` makes it"
-    )
-    parser.add_argument("--identity", default="relay", help="name of our certificate in that folder (relay)")
-    parser.add_argument("--insecure", action="store_true", help="no TLS on either side: loopback addresses only")
+    add_tls_arguments(parser, "relay")
     parser.add_argument("--cache", metavar="DIR", help="folder of the cache; the same as --cache.dir")
     parser.add_argument("--max-bytes", metavar="N", help="bytes that it may use; the same as --cache.max_bytes")
     add_config_arguments(parser)
@@ -48,11 +44,4 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
         value: str | None = getattr(arguments, option)
         if value is not None:
             words.append(f"--{key}={value}")
-    if arguments.tls is not None:
-        from services.wire.tls import TlsFiles
-
-        files = TlsFiles.in_directory(arguments.tls, arguments.identity)
-        words += [f"--tls.ca={files.ca}", f"--tls.certificate={files.certificate}", f"--tls.key={files.key}"]
-    if arguments.insecure:
-        words += ["--connect.insecure=true", "--listen.insecure=true"]
-    return words
+    return words + tls_overrides(arguments, "connect", "listen")

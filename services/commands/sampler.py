@@ -3,11 +3,13 @@
 import argparse
 import os
 
+from services.commands.connection import add_tls_arguments, tls_overrides
 from services.runtime.config import add_config_arguments, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learner", metavar="HOST:PORT", help="the learner; the same as --connect.learner")
+    add_tls_arguments(parser, "sampler-1")
     add_config_arguments(parser)
 
 
@@ -17,7 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
     from services.runtime.address import parse_target
     from services.sampler.config import SamplerConfig
 
-    overrides: list[str] = list(arguments.overrides)
+    overrides: list[str] = tls_overrides(arguments, "connect") + list(arguments.overrides)
+    if arguments.insecure:  # no certificate says who we are
+        overrides.insert(0, f"--connect.sampler_id={arguments.identity}")
     if arguments.learner is not None:
         parse_target(arguments.learner)
         overrides.append(f"--connect.learner={arguments.learner}")
