@@ -168,6 +168,7 @@ async def _restore(parts: LoopParts, versions: VersionFiles) -> None:
         await parts.publisher.restore(0, weights, versions.rows[0].root)
     else:
         await parts.publisher.publish(0, weights)
+    parts.trainer.published(version, weights)
     await parts.plane.advance(version, parts.publisher.latest.version.root)
 
 
@@ -183,6 +184,7 @@ def _trainer_settings(config: LearnerConfig) -> TrainerSettings:
         temperature=config.sampling.temperature,
         micro_batch_tokens=config.batch.micro_batch_tokens,
         autocast=config.policy.dtype == "bfloat16",
+        recompute_versions=config.staleness.max_staleness + 1 if config.batch.recompute_logprobs else 0,
     )
 
 

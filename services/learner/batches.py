@@ -83,12 +83,13 @@ def build_batch(groups: Sequence[TrainGroup]) -> RowBatch:
     )
 
 
-def micro_batches(batch: RowBatch, max_tokens: int) -> Iterator[MicroBatch]:
-    """Cuts of at most `max_tokens` tokens with padding (one row at least), longest rows first.
+def micro_batches(batch: RowBatch, max_tokens: int, row_r: Tensor | None = None) -> Iterator[MicroBatch]:
+    """Cuts of at most `max_tokens` tokens with padding (one row at least), longest rows first; of `row_r` only.
 
     Sorting by length wastes little padding; the first pass is the largest, so that running out of memory shows at once.
     """
-    order = torch.argsort(batch.length_B, descending=True, stable=True)
+    row_r = torch.arange(len(batch)) if row_r is None else row_r
+    order = row_r[torch.argsort(batch.length_B[row_r], descending=True, stable=True)]
     start = 0
     while start < len(order):
         longest = int(batch.length_B[order[start]])

@@ -132,6 +132,10 @@ class BatchSection(Section):
     """Groups (prompts) per optimizer step, P; the batch has P × G rows."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens, padding included, in one forward and backward pass; results do not depend on it."""
+    recompute_logprobs: bool = False
+    """Take log-probs of samples from the trainer, under the versions that drew them, instead of from the engines: for
+    engines that round differently (bf16, quantised). Costs a second model on the device, max_staleness + 1 versions in
+    host memory, and a forward pass."""
 
 
 class OptimizerSection(Section):

@@ -108,6 +108,7 @@ class RunLoop:
         p.state.step = step
         p.state.mismatch.update(result.mismatch)
         weights = await asyncio.to_thread(p.policy.wire_weights)
+        p.trainer.published(step, weights)
         next_batch = await self._publish_and_take(step, weights, result.metrics)
         if self._due(p.config.checkpoint.every_steps):
             await self.checkpoint()

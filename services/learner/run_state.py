@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import cast
 
-from services.learner.trainer import Mismatch
+from services.learner.mismatch import Mismatch
 
 
 class Phase(Enum):

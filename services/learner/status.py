@@ -80,7 +80,9 @@ class Observed:
             restarts=sampler.restarts,
             bytes_sent=self.traffic.of(sampler.sampler_id).bytes_sent,
             hostname=sampler.hostname,
-            logprob_mismatch=mismatch.total / mismatch.tokens if mismatch and mismatch.tokens else 0.0,
+            logprob_mismatch=mismatch.mean if mismatch else 0.0,
+            logprob_mismatch_max=mismatch.largest if mismatch else 0.0,
+            logprob_mismatch_kl=mismatch.kl if mismatch else 0.0,
             evicted=sessions.is_evicted(sampler.sampler_id),
         )
 

@@ -40,6 +40,8 @@ _SAMPLER: dict[str, tuple[str, Callable[[monitor_pb2.SamplerStatus], float]]] = 
     "sampler_spool_groups": ("Groups in its spool", lambda s: s.report.spool_groups),
     "sampler_restarts_count": ("Times that it came back", lambda s: s.restarts),
     "sampler_logprob_mismatch_nats": ("Mean |log p - log q| at staleness 0", lambda s: s.logprob_mismatch),
+    "sampler_logprob_mismatch_max_nats": ("Largest |log p - log q| at staleness 0", lambda s: s.logprob_mismatch_max),
+    "sampler_logprob_mismatch_kl_nats": ("KL(q|p) per token at staleness 0", lambda s: s.logprob_mismatch_kl),
     "sampler_lost_ratio": ("1 where it is lost", lambda s: float(s.state == types_pb2.SAMPLER_STATE_LOST)),
 }
 

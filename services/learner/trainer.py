@@ -16,25 +16,20 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from services.learner.batches import MicroBatch, RowBatch, TrainGroup, build_batch, micro_batches
+from services.learner.batches import RowBatch, TrainGroup, build_batch, micro_batches
 from services.learner.config import OptimizerSection
 from services.learner.forward import Forward
 from services.learner.losses.evaluate import loss_of
 from services.learner.losses.metrics import PartialMetrics, finish_metrics
 from services.learner.losses.prepare import prepare
 from services.learner.losses.settings import LossSettings
+from services.learner.mismatch import Mismatch, RowGaps, by_sampler, row_gaps
 from services.learner.policy import Policy
+from services.learner.recompute import Recomputer
 from services.runtime.log import get_logger
+from services.wire.delta import Weights
 
 _log = get_logger("learner.trainer")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mismatch:
-    """|log p - log q| over a sampler's tokens of staleness 0, in nats."""
-
-    total: float
-    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +39,7 @@ class StepResult:
     applied: bool
     metrics: dict[str, float]
     mismatch: Mapping[str, Mismatch]
+    """By sampler, of rows of staleness 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +52,8 @@ class TrainerSettings:
     micro_batch_tokens: int
     autocast: bool
     """bfloat16 forward passes; log-probs and masters stay float32."""
+    recompute_versions: int = 0
+    """Versions whose log-probs are computed here again instead of taken from the samplers; 0 takes the samplers'."""
 
 
 class Trainer:
@@ -72,16 +70,34 @@ class Trainer:
         )
         self.steps_taken = 0
         """Applied steps: what warm-up counts."""
+        self._recomputer = None
+        if settings.recompute_versions:
+            self._recomputer = Recomputer(
+                policy,
+                temperature=settings.temperature,
+                autocast=settings.autocast,
+                versions=settings.recompute_versions,
+                micro_batch_tokens=settings.micro_batch_tokens,
+            )
+
+    def published(self, version: int, weights: Weights) -> None:
+        """Tells of the weights that samplers draw with from now on."""
+        if self._recomputer is not None:
+            self._recomputer.hold(version, weights)
 
     def step(self, groups: Sequence[TrainGroup]) -> StepResult:
         """One AdamW step on `groups`. Raises ValueError where the groups do not fit the loss's settings."""
         started = time.perf_counter()
         batch = build_batch(groups)
+        reported_BT = batch.loss_inputs.sampler_logprobs_BT
+        recomputed: dict[str, float] = {}
+        if self._recomputer is not None:
+            batch, recomputed["recomputed_share"] = self._recomputer.recomputed(groups, batch)
         device = self._policy.device
         prepared = prepare(batch.loss_inputs, self._settings.loss).to(device)
         self.optimizer.zero_grad(set_to_none=True)
         partials: list[PartialMetrics] = []
-        gaps: list[tuple[Tensor, Tensor]] = []
+        gaps: list[tuple[Tensor, RowGaps]] = []
         for micro in micro_batches(batch, self._settings.micro_batch_tokens):
             mask_bt = batch.loss_inputs.mask_BT[micro.index_b, : micro.columns]
             logprobs_bt, entropy_bt = self._forward(micro, mask_bt)
@@ -89,17 +105,20 @@ class Trainer:
             output = loss_of(rows, logprobs_bt, entropy_bt)
             output.loss.backward()
             partials.append(output.metrics)
-            gaps.append((micro.index_b, _gap_b(logprobs_bt.detach(), batch, micro)))
+            sampler_bt = reported_BT[micro.index_b, : micro.columns]
+            gaps.append((micro.index_b, row_gaps(logprobs_bt.detach(), sampler_bt, mask_bt)))
         metrics = finish_metrics(partials)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.optimizer.max_grad_norm)
         metrics["grad_norm"] = float(norm)
         applied = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
         metrics["lr"] = self._apply() if applied else 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        metrics |= group_metrics(groups, batch)
+        metrics |= group_metrics(groups, batch) | recomputed
         metrics["step_s"] = time.perf_counter() - started
         metrics["tokens_per_s"] = float(batch.loss_inputs.mask_BT.sum()) / metrics["step_s"]
-        return StepResult(applied=applied, metrics=metrics, mismatch=_mismatch(groups, batch, gaps))
+        inputs = batch.loss_inputs
+        mismatch = by_sampler(groups, inputs.group_B, inputs.mask_BT.sum(1), gaps)
+        return StepResult(applied=applied, metrics=metrics, mismatch=mismatch)
 
     def _apply(self) -> float:
         """Steps the optimizer at the learning rate of this step, and returns the rate."""
@@ -152,28 +171,3 @@ def group_metrics(groups: Sequence[TrainGroup], batch: RowBatch) -> dict[str, fl
         "overlong_share": 0.0 if overlong_B is None else float(overlong_B.double().mean()),
     }
     return metrics | {f"staleness_{versions}": float(count) for versions, count in sorted(Counter(staleness).items())}
-
-
-def _gap_b(logprobs_bt: Tensor, batch: RowBatch, micro: MicroBatch) -> Tensor:
-    """Sum over each row's completion of |log p - log q|, [b] on the CPU."""
-    inputs = batch.loss_inputs
-    mask_bt = inputs.mask_BT[micro.index_b, : micro.columns]
-    sampler_bt = inputs.sampler_logprobs_BT[micro.index_b, : micro.columns]
-    return torch.where(mask_bt, (logprobs_bt.cpu() - sampler_bt).abs(), 0.0).double().sum(1)
-
-
-def _mismatch(
-    groups: Sequence[TrainGroup], batch: RowBatch, gaps: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, Mismatch]:
-    """By sampler, over rows of staleness 0: there learner and sampler hold the same policy."""
-    gap_B = torch.zeros(len(batch), dtype=torch.float64)
-    for index_b, gap_b in gaps:
-        gap_B[index_b] = gap_b
-    found: dict[str, Mismatch] = {}
-    columns = (batch.loss_inputs.group_B, gap_B, batch.loss_inputs.mask_BT.sum(1))
-    for number, gap, tokens in zip(*(column.tolist() for column in columns), strict=True):
-        item = groups[number]
-        if item.staleness == 0:
-            before = found.get(item.sampler_id, Mismatch(total=0.0, tokens=0))
-            found[item.sampler_id] = Mismatch(total=before.total + gap, tokens=before.tokens + tokens)
-    return found

@@ -459,6 +459,8 @@ class SamplerStatus(google.protobuf.message.Message):
     HOSTNAME_FIELD_NUMBER: builtins.int
     LOGPROB_MISMATCH_FIELD_NUMBER: builtins.int
     EVICTED_FIELD_NUMBER: builtins.int
+    LOGPROB_MISMATCH_MAX_FIELD_NUMBER: builtins.int
+    LOGPROB_MISMATCH_KL_FIELD_NUMBER: builtins.int
     sampler_id: builtins.str
     """Its id."""
     session_epoch: builtins.int
@@ -481,6 +483,10 @@ class SamplerStatus(google.protobuf.message.Message):
     """Mean absolute difference between its log-probs and the trainer's at staleness 0, in nats; 0 when not measured."""
     evicted: builtins.bool
     """The deny-list holds its id."""
+    logprob_mismatch_max: builtins.float
+    """Largest such difference of one token, in nats; 0 when not measured."""
+    logprob_mismatch_kl: builtins.float
+    """Estimate of KL(q‖p) per token between its distribution and the trainer's at staleness 0, in nats; 0 when not measured."""
     @property
     def report(self) -> heterorl.v1.control_pb2.HeartbeatRequest:
         """Its last heartbeat."""
@@ -500,10 +506,12 @@ class SamplerStatus(google.protobuf.message.Message):
         hostname: builtins.str = ...,
         logprob_mismatch: builtins.float = ...,
         evicted: builtins.bool = ...,
+        logprob_mismatch_max: builtins.float = ...,
+        logprob_mismatch_kl: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["report", b"report"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bytes_sent", b"bytes_sent", "evicted", b"evicted", "groups_accepted", b"groups_accepted", "hostname", b"hostname", "last_seen_s", b"last_seen_s", "logprob_mismatch", b"logprob_mismatch", "report", b"report", "restarts", b"restarts", "sampler_id", b"sampler_id", "session_epoch", b"session_epoch", "state", b"state", "tokens_accepted", b"tokens_accepted"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bytes_sent", b"bytes_sent", "evicted", b"evicted", "groups_accepted", b"groups_accepted", "hostname", b"hostname", "last_seen_s", b"last_seen_s", "logprob_mismatch", b"logprob_mismatch", "logprob_mismatch_kl", b"logprob_mismatch_kl", "logprob_mismatch_max", b"logprob_mismatch_max", "report", b"report", "restarts", b"restarts", "sampler_id", b"sampler_id", "session_epoch", b"session_epoch", "state", b"state", "tokens_accepted", b"tokens_accepted"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SamplerStatus: typing_extensions.TypeAlias = SamplerStatus
