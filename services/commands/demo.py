@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, sampling and training")
     parser.add_argument("--loss", default="gepo", help="loss to train with (gepo)")
+    parser.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what the samplers generate with; vllm needs the environment of make setup-vllm (transformers)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from services.lab.demo_site import DemoSettings
     from services.lab.demo_summary import print_summary
 
-    settings = DemoSettings(seed=arguments.seed, loss=_loss(arguments.loss))
+    settings = DemoSettings(seed=arguments.seed, loss=_loss(arguments.loss), engine=arguments.engine)
     if arguments.steps is not None:
         settings = dataclasses.replace(settings, steps=arguments.steps)
     console = Console()

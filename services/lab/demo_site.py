@@ -8,6 +8,7 @@ sampler-2 ── reward-2   TLS ───┤                                   �
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from services.lab import arithmetic, processes
 from services.lab.processes import Child
@@ -44,6 +45,8 @@ class DemoSettings:
     links: tuple[Link, ...] = (Link(rtt_ms=100, rate_mbit_s=50), Link(rtt_ms=200, rate_mbit_s=20))
     eval_every_steps: int = 20
     eval_prompts: int = 200
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What the samplers generate with; the processes must run in an environment that has it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,6 +117,13 @@ class Site:
             checkpoint=learner_config.CheckpointSection(every_steps=0),
         )
 
+    def engine(self) -> sampler_config.EngineSection:
+        """One thread and one batch for each sampler. vLLM is not compiled: that would take longer than the demo."""
+        small = sampler_config.VllmSection(kv_cache_gb=0.25, arguments='{"enforce_eager": true}')
+        return sampler_config.EngineSection(
+            kind=self.settings.engine, device="cpu", dtype="float32", threads=1, max_batch_rows=256, vllm=small
+        )
+
     async def start_learner(self) -> None:
         """Starts the learner and waits until it listens."""
         arguments = ["learner", "-c", str(self.work / "run.toml")]
@@ -139,7 +149,7 @@ class Site:
                 connect=sampler_config.ConnectSection(learner=f"127.0.0.1:{port}"),
                 tls=self.tls(name),
                 state_dir=self.work / name,
-                engine=sampler_config.EngineSection(device="cpu", dtype="float32", threads=1, max_batch_rows=256),
+                engine=self.engine(),
                 reward=sampler_config.RewardSection(address=socket),
             )
             (self.work / f"{name}.toml").write_text(render_toml(sampler_config.SamplerConfig, config))
