@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+_REMEMBERED = 4096
+"""Objects and versions that are remembered of a receiver; a keyframe of 100 GB has some 1,600 objects."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Receiver:
@@ -14,8 +17,9 @@ class Receiver:
     versions_fetched: int = 0
     bytes_full: int = 0
     planned: dict[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
-    """Object -> (target root, full bytes) of the last plan."""
-    fetched_root: str = ""
+    """Object -> (target root, full bytes) of the newest plans: one that is fetched may not be the last one."""
+    counted: dict[str, None] = field(default_factory=dict[str, None])
+    """Roots that were counted as fetched, oldest first."""
     free_at_s: float = 0.0
     """When the link's budget allows the next byte."""
 
@@ -33,7 +37,11 @@ class Traffic:
 
     def planned(self, name: str, root: str, object_ids: Iterable[str], full_bytes: int) -> None:
         """Notes what a receiver was told to fetch, to count a version when the first of it is fetched."""
-        self.of(name).planned = dict.fromkeys(object_ids, (root, full_bytes))
+        planned = self.of(name).planned
+        for object_id in object_ids:
+            planned.pop(object_id, None)  # to the end: what was planned longest ago is forgotten first
+            planned[object_id] = (root, full_bytes)
+        _forget_oldest(planned)
 
     def opened(self, name: str, object_id: str) -> bool:
         """Counts a version, once per plan's target, and says whether the object belongs to weights."""
@@ -42,8 +50,9 @@ class Traffic:
         if plan is None:
             return False
         root, full_bytes = plan
-        if receiver.fetched_root != root:
-            receiver.fetched_root = root
+        if root not in receiver.counted:
+            receiver.counted[root] = None
+            _forget_oldest(receiver.counted)
             receiver.versions_fetched += 1
             receiver.bytes_full += full_bytes
         return True
@@ -74,3 +83,8 @@ class Traffic:
     def restore(self, state: dict[str, list[int]]) -> None:
         for name, (sent, versions, full) in state.items():
             self._receivers[name] = Receiver(bytes_sent=sent, versions_fetched=versions, bytes_full=full)
+
+
+def _forget_oldest(entries: dict[str, tuple[str, int]] | dict[str, None]) -> None:
+    while len(entries) > _REMEMBERED:
+        del entries[next(iter(entries))]

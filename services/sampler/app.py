@@ -26,6 +26,7 @@ from services.runtime.files import locked_directory
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
 from services.sampler.config import SamplerConfig
+from services.sampler.delays import DelayKind, Delays
 from services.sampler.engine import Engine
 from services.sampler.engine_transformers import TransformersEngine
 from services.sampler.engine_vllm import VllmEngine
@@ -62,9 +63,9 @@ class Links:
     learner: Address
     sampler_id: str
     control: grpc.aio.Channel
-    bulk: grpc.aio.Channel
-    relay: grpc.aio.Channel | None
-    """To the relay of connect.weights."""
+    bulk: tuple[grpc.aio.Channel, ...]
+    relay: tuple[grpc.aio.Channel, ...]
+    """To the relay of connect.weights, where there is one."""
 
 
 async def run_sampler(config: SamplerConfig, process: Process) -> None:
@@ -78,12 +79,15 @@ async def run_sampler(config: SamplerConfig, process: Process) -> None:
         stack.enter_context(locked_directory(config.state_dir))
         control = open_channel(learner, credentials, "control", identity)
         stack.push_async_callback(control.close)
-        bulk = open_channel(learner, credentials, "bulk", identity)
-        stack.push_async_callback(bulk.close)
-        relay = None
-        if relay_target is not None:
-            relay = open_channel(relay_target, credentials, "bulk", identity)
-            stack.push_async_callback(relay.close)
+
+        def lanes(target: Address | None) -> tuple[grpc.aio.Channel, ...]:
+            channels: list[grpc.aio.Channel] = []
+            for _ in range(config.connect.channels if target is not None else 0):
+                channels.append(open_channel(target or learner, credentials, "bulk", identity))
+                stack.push_async_callback(channels[-1].close)
+            return tuple(channels)
+
+        bulk, relay = lanes(learner), lanes(relay_target)
         links = Links(learner=learner, sampler_id=identity.id, control=control, bulk=bulk, relay=relay)
         await _Sampler(config, links, process, engine, stack).run()
 
@@ -124,9 +128,15 @@ class _Sampler:
         self._engine = engine
         self._stack = stack
         self._tally = Tally()
+        delay, sampler_id = config.delay, links.sampler_id
+        self._weight_delays = Delays(delay.weights, delay.seed, sampler_id, "weights")
+        self._rollout_delays = Delays(delay.rollouts, delay.seed, sampler_id, "rollouts")
+        kinds = (delay.weights.kind, delay.rollouts.kind)
+        if any(kind is not DelayKind.NONE for kind in kinds):
+            _log.warning("delayed_on_purpose", weights=kinds[0], rollouts=kinds[1], seed=delay.seed)
         self._control = ControlServiceStub(links.control)
-        relay = None if links.relay is None else WeightServiceStub(links.relay)
-        self._weights = WeightSources(WeightServiceStub(links.bulk), relay)
+        bulk, relay = ([WeightServiceStub(channel) for channel in ends] for ends in (links.bulk, links.relay))
+        self._weights = WeightSources(bulk[0], relay[0] if relay else None, lanes=bulk[1:], relay_lanes=relay[1:])
         self._cache = ObjectCache(config.state_dir / "objects", self._weights, _CACHE_BYTES)
 
     async def run(self) -> None:
@@ -166,6 +176,7 @@ class _Sampler:
             run_id=session.session.run_id,
             public_key=session.settings.manifest_public_key,
             news=news,
+            delays=self._weight_delays,
         )
         heartbeat = Heartbeat(
             control=self._control,
@@ -239,6 +250,7 @@ class _Sampler:
                 max_batch_rows=self._config.engine.max_batch_rows,
                 group_size=settings.group_size,
             ),
+            delays=self._rollout_delays,
         )
 
     async def _wind_down(self, rollout: Rollout, spool: Spool) -> None:

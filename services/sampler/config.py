@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from services.runtime.config import Section
 from services.runtime.log import LogSection
+from services.sampler.delays import DelaySection
 from services.wire.tls import TlsFiles
 
 
@@ -20,6 +21,9 @@ class ConnectSection(Section):
     """HOST:PORT of the learner, or of a relay's learner."""
     weights: str = ""
     """HOST:PORT of a relay for weights; empty fetches from the learner."""
+    channels: int = Field(default=1, ge=1, le=16)
+    """Connections that weights come by, each with a part of every object; more than 1 helps where one connection is
+    held back by loss or by the kernel's socket buffers."""
     sampler_id: str = ""
     """Name of this sampler; empty takes the id in the certificate."""
     insecure: bool = False
@@ -115,6 +119,7 @@ class SamplerConfig(Section):
     spool: SpoolSection = SpoolSection()
     leases: int = Field(default=0, ge=0)
     """Leases held at once; 0 takes two engine batches."""
+    delay: DelaySection = DelaySection()
     log: LogSection = LogSection()
     metrics_address: str = ""
     """HOST:PORT of the Prometheus endpoint; empty for none."""

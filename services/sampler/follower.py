@@ -29,6 +29,7 @@ from services.runtime.errors import (
 )
 from services.runtime.log import get_logger
 from services.sampler.backoff import Backoff
+from services.sampler.delays import NO_DELAYS, Delays
 from services.sampler.engine import Engine
 from services.sampler.object_cache import ObjectCache
 from services.sampler.tally import Tally
@@ -43,6 +44,7 @@ _log = get_logger("sampler.follower")
 _PLAN_TIMEOUT_S = 30.0
 _RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError, WrongBaseError, StorageError)
 _SPEED_GAIN = 0.3
+_SPEED_WINDOW_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class HeldPolicy:
 
 class Follower:
     """`run_id` and `public_key` (empty: manifests are unsigned) come from the registration. `news` is set when a
-    version was loaded."""
+    version was loaded. `delays` are those of [delay] weights: how long a fetched version waits before it is used."""
 
     def __init__(
         self,
@@ -69,7 +71,9 @@ class Follower:
         news: asyncio.Event,
         decode_workers: int = 1,
         backoff: Backoff | None = None,
+        delays: Delays = NO_DELAYS,
     ) -> None:
+        self._delays = delays
         self._sources = sources
         self._cache = cache
         self._tally = tally
@@ -79,6 +83,8 @@ class Follower:
         self._decode_workers = decode_workers
         self._backoff = backoff or Backoff()
         self._held: HeldPolicy | None = None
+        self._spare: Mapping[str, BitTensor] | None = None
+        """Memory of a version that neither we nor the engine need any more: the next one is decoded into it."""
         self._target: Manifest | None = None
         self._announced = asyncio.Event()
         self._keyframe_only = False
@@ -133,8 +139,13 @@ class Follower:
         """For ever: loads each target that differs from what the engine has; slow samplers skip versions."""
         while True:
             await self._next_target()
+            before = self.held
             if await self._try_to_catch_up() and (self.version, self.root) != (self.held.version, self.held.root):
-                await self._load(engine, self.held)
+                await asyncio.sleep(self._delays.next_s())
+                in_engine = self.root == before.root
+                loaded = await self._load(engine, self.held)
+                if loaded and in_engine and before.weights is not self.held.weights:
+                    self._spare = before.weights  # an engine that kept the old version would still need it
 
     async def reached(self, version: int) -> None:
         """Waits until the engine generates with `version` or a later one."""
@@ -213,7 +224,10 @@ class Follower:
         base = None if held is None else held.weights
         files = await self._fetch_all(plan)
         for step, paths in files:
-            base = await asyncio.to_thread(self._apply, step, paths, base)
+            spare, self._spare = self._spare, None
+            before, base = base, await asyncio.to_thread(self._apply, step, paths, base, spare)
+            if held is None or before is not held.weights:
+                self._spare = before  # between two steps of a plan
         assert base is not None, "a plan from nothing has a step"
         failpoints.hit("follow.after_apply")
         reference = base if held is None else held.weights
@@ -263,10 +277,16 @@ class Follower:
         return fetched
 
     def _apply(
-        self, step: PlanStep, paths: list[Path], base: Mapping[str, BitTensor] | None
+        self,
+        step: PlanStep,
+        paths: list[Path],
+        base: Mapping[str, BitTensor] | None,
+        spare: Mapping[str, BitTensor] | None,
     ) -> Mapping[str, BitTensor]:
-        """One update, out of place. apply_update proves the root of what it returns."""
-        return apply_update(paths, base, expect_root=step.target_root, workers=self._decode_workers)
+        """One update, out of place: with `spare` no more memory than for one part. apply_update proves the root of
+        what it returns."""
+        workers = self._decode_workers
+        return apply_update(paths, base, expect_root=step.target_root, workers=workers, staging=spare)
 
     def _check_signed(self, signed: SignedManifest) -> Manifest:
         """Raises CorruptObjectError for a signature that is not the learner's, BadInputError for another run."""
@@ -276,7 +296,8 @@ class Follower:
             raise BadInputError(f"a manifest is of run {signed.decoded.run_id[:80]}, not {self._run_id}")
         return signed.decoded
 
-    async def _load(self, engine: Engine, held: HeldPolicy) -> None:
+    async def _load(self, engine: Engine, held: HeldPolicy) -> bool:
+        """False: the engine keeps the version that it has."""
         self.swapping = True
         try:
             self._tally.swapped(await engine.load(held.weights, held.version, held.root))
@@ -284,10 +305,11 @@ class Follower:
             self._tally.versions_refused += 1
             self._refused.add(held.root)
             _log.error("load_failed", version=held.version, error=error)
-            return
+            return False
         finally:
             self.swapping = False
         await self._note_loaded(held)
+        return True
 
     async def _note_loaded(self, held: HeldPolicy) -> None:
         async with self._loaded:
@@ -312,14 +334,18 @@ class _Progress:
         self._total = plan.total_bytes
         self._done = self._finished = 0
         self._speed = 0.0
-        self._last = time.monotonic()
+        self._window_bytes = 0
+        self._window_start = time.monotonic()
         self._show()
 
     def received(self, size: int) -> None:
-        now = time.monotonic()
-        speed = size / max(1e-6, now - self._last)
-        self._speed = speed if not self._speed else self._speed + _SPEED_GAIN * (speed - self._speed)
-        self._last = now
+        """Chunks come in bursts: speed is that of half a second, smoothed."""
+        self._window_bytes += size
+        passed_s = time.monotonic() - self._window_start
+        if passed_s >= _SPEED_WINDOW_S:
+            speed = self._window_bytes / passed_s
+            self._speed = speed if not self._speed else self._speed + _SPEED_GAIN * (speed - self._speed)
+            self._window_bytes, self._window_start = 0, time.monotonic()
         self._done += size
         self._tally.weights_bytes += size
         self._show()

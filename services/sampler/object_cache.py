@@ -1,27 +1,23 @@
 """Objects fetched from a relay or the learner, on disk under their names.
 
-state_dir/objects/<sha256>        whole and verified
-state_dir/objects/<sha256>.part   what has come so far: a cut fetch goes on from here
+state_dir/objects/<sha256>         whole and verified
+state_dir/objects/<sha256>…part    what has come so far (object_ranges.py): a cut fetch goes on from here
 """
 
 import asyncio
 import contextlib
-import hashlib
-import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from services.runtime import failpoints
-from services.runtime.errors import CorruptObjectError, HeteroRLError, StorageError, UnavailableError
+from services.runtime.errors import CorruptObjectError, HeteroRLError, UnavailableError
 from services.runtime.files import storage_errors
 from services.runtime.log import get_logger
-from services.sampler.weight_sources import WeightSource, WeightSources
+from services.sampler.object_ranges import PART_SUFFIX, Progress, Range, begin, discard, join, ranges_of
+from services.sampler.weight_sources import SourceName, WeightSource, WeightSources
+from services.wire.object_reader import ObjectReader
 from services.wire.objects import file_digest
 from services.wire.types import ObjectRef
-
-if TYPE_CHECKING:
-    from hashlib import _Hash  # pyright: ignore[reportPrivateUsage] - the type of sha256() has no public name in 3.11
 
 _log = get_logger("sampler.objects")
 
@@ -58,23 +54,23 @@ class ObjectCache:
     async def _fetch_from(
         self, source: WeightSource, path: Path, ref: ObjectRef, received: Callable[[int], None]
     ) -> None:
-        part = path.with_suffix(".part")
-        with storage_errors(f"write {part}"):
-            resumed, digest = await self._fetch_rest(source, part, ref, received)
+        ranges = ranges_of(path, ref.size_bytes, len(source.readers))
+        with storage_errors(f"write {ranges[0].path}"):
+            resumed, digest = await self._fetch_rest(source, ranges, ref, received)
             if resumed and digest != ref.object_id:
                 # What lay on disk may be a relay's, or damaged: judge the source by bytes of its own alone.
                 _log.warning("part_discarded", object_id=ref.object_id)
-                part.unlink()
-                _, digest = await self._fetch_rest(source, part, ref, received)
+                discard(ranges)
+                _, digest = await self._fetch_rest(source, ranges, ref, received)
             if digest != ref.object_id:
-                part.unlink()
+                discard(ranges)
                 raise CorruptObjectError("a fetched object does not have its digest: a keyframe is fetched")
             failpoints.hit("fetch.before_rename")
-            part.replace(path)
+            ranges[0].path.replace(path)
 
     def evict(self, keep: Collection[str]) -> None:
         """Removes the oldest files beyond max_bytes, and parts of objects that nobody wants; never those in `keep`."""
-        files = [file for file in self._directory.iterdir() if file.stem not in keep]
+        files = [file for file in self._directory.iterdir() if file.name.partition(".")[0] not in keep]
         kept: list[tuple[float, int, Path]] = []
         for file in files:
             with contextlib.suppress(FileNotFoundError):
@@ -82,55 +78,63 @@ class ObjectCache:
                 kept.append((status.st_mtime, status.st_size, file))
         total = sum(size for _, size, _ in kept)
         for _, size, file in sorted(kept):
-            if total > self._max_bytes or file.suffix == ".part":
+            if total > self._max_bytes or file.suffix == PART_SUFFIX:
                 with contextlib.suppress(FileNotFoundError):
                     file.unlink()
                 total -= size
 
     async def _fetch_rest(
-        self, source: WeightSource, part: Path, ref: ObjectRef, received: Callable[[int], None]
+        self, source: WeightSource, ranges: list[Range], ref: ObjectRef, received: Callable[[int], None]
     ) -> tuple[bool, str]:
-        """Completes the part: (whether some of it was there before, the digest of all). Hashing as bytes come costs no
-        time on a link; what the disk does to them later is found by the update's own check digest."""
-        offset, digest = await asyncio.to_thread(_prepare, part, ref)
-        resumed = offset > 0
-        if offset == ref.size_bytes:
-            return resumed, digest.hexdigest()
-        with part.open("ab") as file:
-            async with contextlib.aclosing(source.reader.read(ref.object_id, offset)) as chunks:
-                async for data in chunks:
-                    if offset + len(data) > ref.size_bytes:
-                        raise UnavailableError("a chunk goes beyond its object")
-                    await asyncio.to_thread(_append, file.fileno(), data, digest)
-                    offset += len(data)
-                    received(len(data))
-                    self._sources.received_bytes[source.name] += len(data)
-                    if offset == ref.size_bytes:
-                        break
-        if offset < ref.size_bytes:
-            raise UnavailableError("the fetch ended before the object did")
+        """Completes all ranges at the same time: (whether some of it was there before, the digest of all). Hashing as
+        bytes come costs no time on a link; what the disk does to them later is found by the update's own digest."""
+        parts = [await asyncio.to_thread(begin, part) for part in ranges]
+        resumed = any(part.offset > part.range.start for part in parts)
+        digest = parts[0].digest
+        assert digest is not None, "the first range is hashed"
+        tasks = [
+            asyncio.create_task(self._fetch_range(source.name, reader, ref, part, received))
+            for reader, part in zip(source.readers, parts, strict=False)
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:  # one that fails ends the others; what came stays
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if len(ranges) > 1:
+            await asyncio.to_thread(join, ranges, digest)
         return resumed, digest.hexdigest()
 
+    async def _fetch_range(
+        self, source: SourceName, reader: ObjectReader, ref: ObjectRef, part: Progress, received: Callable[[int], None]
+    ) -> None:
+        end = part.range.end
+        if part.offset == end:
+            return
+        with part.range.path.open("ab") as file:
+            rest = 0 if end == ref.size_bytes else end
+            async with contextlib.aclosing(reader.read(ref.object_id, part.offset, rest)) as chunks:
+                async for data in chunks:
+                    if part.offset + len(data) > end:
+                        raise UnavailableError("a chunk goes beyond its object")
+                    received(len(data))
+                    self._sources.received_bytes[source] += len(data)
+                    await _to_its_end(part.append, file.fileno(), data)
+                    if part.offset == end:
+                        break
+        if part.offset < end:
+            raise UnavailableError("the fetch ended before the object did")
 
-def _prepare(part: Path, ref: ObjectRef) -> tuple[int, "_Hash"]:
-    """Makes the file; returns where to go on, and the hash so far. A part that is longer than the object is not its
-    beginning."""
-    part.touch()
-    if part.stat().st_size > ref.size_bytes:
-        os.truncate(part, 0)
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return file.tell(), digest
 
-
-def _append(descriptor: int, data: bytes, digest: "_Hash") -> None:
-    view = memoryview(data)
-    while view:
-        written = os.write(descriptor, view)
-        if written == 0:
-            raise StorageError("the object cache takes no more bytes: free disk space")
-        view = view[written:]
-    digest.update(data)
+async def _to_its_end(work: Callable[[int, bytes], None], descriptor: int, data: bytes) -> None:
+    """Runs in a thread, and waits for it even when cancelled: the file stays open until nobody writes to it."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, descriptor, data))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 def _holds(path: Path, ref: ObjectRef) -> bool:

@@ -8,7 +8,7 @@ off, or lies, cannot hold a sampler back at an old version. Plans and objects, w
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -33,7 +33,8 @@ class WeightSource:
 
     name: SourceName
     stub: "WeightServiceAsyncStub"
-    reader: ObjectReader
+    readers: tuple[ObjectReader, ...]
+    """One per channel: each reads a range of an object."""
 
     @property
     def is_relay(self) -> bool:
@@ -46,23 +47,28 @@ class WeightSource:
 
 
 class WeightSources:
-    """`stall_s`: a fetch that brings nothing for so long has failed. `aside_s`: the first wait after a failure of the
-    relay, doubled by each further one. `clock` is monotonic seconds."""
+    """`lanes`, `relay_lanes`: more channels to the same ends. `stall_s`: a fetch that brings nothing for so long has
+    failed. `aside_s`: the first wait after a failure of the relay, doubled by each further one. `clock` is monotonic
+    seconds."""
 
     def __init__(
         self,
         learner: "WeightServiceAsyncStub",
         relay: "WeightServiceAsyncStub | None" = None,
         *,
+        lanes: Sequence["WeightServiceAsyncStub"] = (),
+        relay_lanes: Sequence["WeightServiceAsyncStub"] = (),
         stall_s: float = _STALL_S,
         aside_s: float = _ASIDE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.learner = WeightSource(name="learner", stub=learner, reader=ObjectReader(learner, stall_s=stall_s))
+        readers = tuple(ObjectReader(stub, stall_s=stall_s) for stub in (learner, *lanes))
+        self.learner = WeightSource(name="learner", stub=learner, readers=readers)
         self._relay: WeightSource | None = None
         if relay is not None:
-            reader = ObjectReader(relay, stall_s=stall_s, wait_for_ready=False)
-            self._relay = WeightSource(name="relay", stub=relay, reader=reader)
+            stubs = (relay, *relay_lanes)
+            readers = tuple(ObjectReader(stub, stall_s=stall_s, wait_for_ready=False) for stub in stubs)
+            self._relay = WeightSource(name="relay", stub=relay, readers=readers)
         self._first_aside_s = self._aside_s = aside_s
         self._clock = clock
         self._back_at_s = float("-inf")

@@ -43,20 +43,23 @@ class ObjectReader:
         self._piece_bytes = 0
         """Bytes asked for at once; 0 asks for all of an object."""
 
-    async def read(self, object_id: str, offset: int) -> AsyncGenerator[bytes]:
-        """Chunks from `offset` to the object's end; close it when it is not read to its end.
+    async def read(self, object_id: str, offset: int, end: int = 0) -> AsyncGenerator[bytes]:
+        """Chunks from `offset` to `end`, or for 0 to the object's end; close it when it is not read to its end.
 
         Raises UnavailableError (cut, stalled, a damaged chunk: read on from there), and what the server raised.
         """
-        while True:
+        while not end or offset < end:
             asked, began, start = self._piece_bytes, self._clock(), offset
+            if end:
+                asked = min(asked or end - offset, end - offset)
             async for data in self._stream(object_id, offset, asked):
                 offset += len(data)
                 yield data
             if not asked or offset - start < asked:
                 return
-            if self._clock() - began < _QUICK_SHARE * self._stall_s:
-                self._piece_bytes = 2 * asked if 2 * asked <= CHUNK_BYTES else 0
+            if self._piece_bytes and self._clock() - began < _QUICK_SHARE * self._stall_s:
+                larger = 2 * self._piece_bytes
+                self._piece_bytes = larger if larger <= CHUNK_BYTES else 0
 
     async def _stream(self, object_id: str, offset: int, length: int) -> AsyncGenerator[bytes]:
         """One call. A server that sends more than `length` is cut off there."""

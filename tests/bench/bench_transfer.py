@@ -187,7 +187,7 @@ async def stalled_readers() -> dict[str, object]:
             ref = ObjectRef(**facts["objects"][0])  # type: ignore[index]
             address = f"127.0.0.1:{facts['port']}"
             warm = await stack.enter_async_context(dial(Address(host="127.0.0.1", port=int(str(facts["port"])))))
-            reader = WeightSources(WeightServiceStub(warm)).learner.reader
+            reader = WeightSources(WeightServiceStub(warm)).learner.readers[0]
             async with contextlib.aclosing(reader.read(ref.object_id, 0)) as chunks:
                 async for _ in chunks:
                     pass

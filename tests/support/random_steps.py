@@ -28,14 +28,14 @@ class Outcome:
 
 
 def stepped(weights: Weights, draws: np.random.Generator) -> dict[str, BitTensor]:
-    """What an optimizer step does to bits, and worse: single steps up or down, now and then any finite pattern."""
+    """What an optimizer step does to bits, and worse: single steps up or down, now and then any magnitude up to 1."""
     result: dict[str, BitTensor] = {}
     for name, tensor in weights.items():
         bits = tensor.bits.copy()
         places = draws.choice(bits.size, int(draws.integers(0, 200)), replace=False)
         bits[places] += draws.choice(np.array([1, 0xFFFF], np.uint16), places.size)
         if draws.random() < 0.1:
-            bits[int(draws.integers(bits.size))] = int(draws.integers(0x7F80))
+            bits[int(draws.integers(bits.size))] = int(draws.integers(0x3F80))
         finite = np.where(bits & 0x7F80 == 0x7F80, tensor.bits, bits)
         result[name] = BitTensor(dtype=tensor.dtype, shape=tensor.shape, bits=finite)
     return result

@@ -113,7 +113,7 @@ async def learner_site(
     publisher = Publisher(store=store, versions=versions, facts=facts, signer=signer, settings=section)
     planner = RecordingPlanner(store=store, versions=versions, publisher=publisher, settings=section, run_id=RUN_ID)
     planner.plans = []
-    traffic, drain = Traffic(0.0), asyncio.Event()
+    traffic, drain = Traffic(section.max_mbit_s), asyncio.Event()
     service = WeightService(
         run_id=RUN_ID, publisher=publisher, planner=planner, store=store, traffic=traffic, drain=drain, stall_s=stall_s
     )
@@ -221,13 +221,21 @@ async def following(
     name: str = "eu-1",
     aside_s: float = 30.0,
     stall_s: float = 30.0,
+    channels: int = 1,
     held: tuple[Weights, int, str] | None = None,
 ) -> AsyncGenerator[Following]:
     """Follows until the block ends; begins with `held` (weights, version, root), or the first that it gets."""
     channel = dial(learner, name)
+    lanes = [dial(learner, name) for _ in range(channels - 1)]
     relay_channel = None if relay is None else dial(relay, name)
     stub = None if relay_channel is None else weights_pb2_grpc.WeightServiceStub(relay_channel)
-    sources = WeightSources(weights_pb2_grpc.WeightServiceStub(channel), stub, aside_s=aside_s, stall_s=stall_s)
+    sources = WeightSources(
+        weights_pb2_grpc.WeightServiceStub(channel),
+        stub,
+        lanes=[weights_pb2_grpc.WeightServiceStub(lane) for lane in lanes],
+        aside_s=aside_s,
+        stall_s=stall_s,
+    )
     tally = Tally()
     cache = ObjectCache(folder, sources, 1 << 30)
     follower = Follower(
@@ -250,7 +258,8 @@ async def following(
             for task in running:
                 task.cancel()
     finally:
-        await channel.close()
+        for opened in (channel, *lanes):
+            await opened.close()
         if relay_channel is not None:
             await relay_channel.close()
 

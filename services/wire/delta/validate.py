@@ -11,6 +11,12 @@ ONLY_NANS = {"F8_E4M3": (0x7F, 0xFF), "F8_E8M0": (0xFF,), "F8_E4M3FNUZ": (0x80,)
 """The NaN patterns of the types that have no infinity."""
 
 ALL_BUT_SIGN = {1: 0x7F, 2: 0x7FFF, 4: 0x7FFF_FFFF, 8: 0x7FFF_FFFF_FFFF_FFFF}
+EXPLOSION_EXPONENT = 4
+"""A tensor whose largest magnitude grows more than 2^4-fold between two versions, and beyond 1, has exploded: steps of
+training change large weights by parts of a per cent, and small ones never to such sizes."""
+
+MANTISSA_BITS = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52}
+BITS_OF_ONE = {"BF16": 0x3F80, "F16": 0x3C00, "F32": 0x3F80_0000, "F64": 0x3FF0_0000_0000_0000}
 
 
 def check_same_forms(found: Iterable[TensorForm], expected: Iterable[TensorForm], what: str = "the weights") -> None:
@@ -30,34 +36,57 @@ def check_same_forms(found: Iterable[TensorForm], expected: Iterable[TensorForm]
             )
 
 
-def is_finite(tensor: BitTensor, max_abs_bits: int | None = None) -> bool:
-    """Whether no element is infinite or NaN, nor above the magnitude whose bits are `max_abs_bits`.
+def largest_magnitude(tensor: BitTensor) -> int:
+    """The bits of the largest magnitude among the elements, 0 where there are none.
 
-    Without the sign, the bits of floating-point numbers sort like their magnitudes: one integer maximum answers both.
+    Without the sign, the bits of floating-point numbers sort like their magnitudes, infinities and NaNs last.
     """
-    mask = EXPONENT_MASK.get(tensor.dtype)
-    if tensor.bits.size == 0:
-        return True
-    if mask is None:
-        nans = ONLY_NANS.get(tensor.dtype, ())
-        return not any(bool((tensor.bits == nan).any()) for nan in nans)
     size = tensor.bits.dtype.itemsize
-    limit = mask - 1 if max_abs_bits is None else min(mask - 1, max_abs_bits)
     unsigned = BITS_TYPE[size](ALL_BUT_SIGN[size])
-    for start in range(0, tensor.bits.size, FINITE_BLOCK):
-        if int((tensor.bits[start : start + FINITE_BLOCK] & unsigned).max()) > limit:
-            return False
-    return True
+    blocks = range(0, tensor.bits.size, FINITE_BLOCK)
+    return max((int((tensor.bits[start : start + FINITE_BLOCK] & unsigned).max()) for start in blocks), default=0)
+
+
+def is_finite(tensor: BitTensor) -> bool:
+    """Whether no element is infinite or NaN. Integers always are finite."""
+    mask = EXPONENT_MASK.get(tensor.dtype)
+    if mask is None:
+        return not any(bool((tensor.bits == nan).any()) for nan in ONLY_NANS.get(tensor.dtype, ()))
+    return largest_magnitude(tensor) < mask
+
+
+def has_exploded(tensor: BitTensor, before: BitTensor) -> bool:
+    """Whether the largest magnitude is beyond 1 and more than 2^EXPLOSION_EXPONENT times what it was `before`.
+
+    `before` is looked at only where the first holds: few tensors of a model have elements beyond 1.
+    """
+    mantissa = MANTISSA_BITS.get(tensor.dtype)
+    if mantissa is None:
+        return False
+    largest = largest_magnitude(tensor)
+    return largest > BITS_OF_ONE[tensor.dtype] and largest > largest_magnitude(before) + (
+        EXPLOSION_EXPONENT << mantissa
+    )
 
 
 def validate_names_shapes(weights: Weights, reference: Weights, workers: int = 1) -> None:
-    """Refuses weights that must not be loaded into the model that `reference` belongs to.
+    """Refuses weights that must not be loaded into the model that `reference`, an earlier version, belongs to.
 
-    Unknown or missing names, another type or shape, infinite or NaN values: InvalidWeightsError with one sentence.
+    Unknown or missing names, another type or shape, infinite or NaN values, magnitudes that exploded:
+    InvalidWeightsError with one sentence.
     """
     check_same_forms(forms_of(weights), forms_of(reference))
     names = sorted(weights)
     with ThreadPoolExecutor(workers) as pool:
-        for name, finite in zip(names, pool.map(is_finite, (weights[name] for name in names)), strict=True):
-            if not finite:
-                raise InvalidWeightsError(f"{name} has infinite or NaN values: keep the version before this one")
+        ours, theirs = ([tensors[name] for name in names] for tensors in (weights, reference))
+        for problem in pool.map(_problem, names, ours, theirs):
+            if problem:
+                raise InvalidWeightsError(problem)
+
+
+def _problem(name: str, tensor: BitTensor, before: BitTensor) -> str:
+    if not is_finite(tensor):
+        return f"{name} has infinite or NaN values: keep the version before this one"
+    if tensor is not before and has_exploded(tensor, before):
+        return f"{name} grew more than {1 << EXPLOSION_EXPONENT}-fold: keep the version before this one"
+    return ""

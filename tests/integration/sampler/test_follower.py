@@ -177,3 +177,57 @@ async def test_a_version_without_a_changed_bit_still_counts(tmp_path: Path, sign
         async with asyncio.timeout(10):
             await follows.follower.reached(1)
         assert len(server.plans) == 1
+
+
+async def test_a_version_that_exploded_is_refused_and_the_next_one_taken(
+    tmp_path: Path, signer: ManifestSigner
+) -> None:
+    server = ScriptedWeights(signer)
+    weights = {"model.a": BitTensor(dtype="BF16", shape=(3000,), bits=np.full(3000, 0x3C00, np.uint16))}
+    await server.publish(weights)
+    async with serving(weights=server) as served, following(served, signer, tmp_path / "objects") as follows:
+        await server.publish(changed(weights, 7, 0x4780))  # 65536
+        async with asyncio.timeout(10):
+            while follows.tally.versions_refused == 0:  # noqa: ASYNC110 - a plain counter
+                await asyncio.sleep(0.01)
+        assert follows.follower.version == 0
+        await server.publish(changed(weights, 8))
+        async with asyncio.timeout(10):
+            await follows.follower.reached(2)
+        assert [version for version, _ in follows.engine.loaded] == [0, 2]
+
+
+async def test_two_versions_memory_is_all_that_a_run_of_versions_takes(tmp_path: Path, signer: ManifestSigner) -> None:
+    server = ScriptedWeights(signer)
+    weights = weights_of(9)
+    await server.publish(weights)
+    places: list[int] = []
+    async with serving(weights=server) as served, following(served, signer, tmp_path / "objects") as follows:
+        for version in range(1, 7):
+            weights = changed(weights, version)
+            await server.publish(weights)
+            async with asyncio.timeout(10):
+                await follows.follower.reached(version)
+            places.append(follows.follower.held.weights["model.a"].bits.ctypes.data)
+        assert follows.engine.roots == [root for _, root in follows.engine.loaded]
+    assert len(set(places)) == 2
+    assert places[0] != places[1]
+    assert places[2:] == places[:-2]
+
+
+async def test_the_memory_of_a_version_that_the_engine_keeps_is_not_used_again(
+    tmp_path: Path, signer: ManifestSigner
+) -> None:
+    server = ScriptedWeights(signer)
+    weights = weights_of(10)
+    await server.publish(weights)
+    async with serving(weights=server) as served, following(served, signer, tmp_path / "objects") as follows:
+        follows.engine.refused = {1, 2}
+        kept = follows.follower.held.weights
+        for version in (1, 2, 3):
+            await server.publish(changed(weights, version))
+            async with asyncio.timeout(10):
+                while follows.follower.held.version != version:  # noqa: ASYNC110 - set by the follower
+                    await asyncio.sleep(0.01)
+        await follows.follower.reached(3)
+        assert root_of(kept) == root_of(weights)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,41 @@ async def test_one_copy_crosses_the_link_for_a_site_of_four(tmp_path: Path) -> N
         }
         assert site.traffic.of("relay").bytes_sent == sum(objects.values())
         assert site.traffic.bytes_sent == site.traffic.of("relay").bytes_sent
+
+
+@pytest.mark.usefixtures("small_chunks")
+async def test_four_channels_fetch_disjoint_ranges_and_resume_each_where_it_was(tmp_path: Path) -> None:
+    draws = random.Random(8)
+    async with learner_site(tmp_path / "learner") as site, WanLink(ANY_PORT, site.address, SLOW) as link:
+        await site.publisher.publish(0, make_weights(1, 900_000))
+
+        async def reset_now_and_then() -> None:
+            while True:
+                await when_delivered(link, draws.randrange(100_000, 600_000))
+                link.reset()
+
+        resets = asyncio.create_task(reset_now_and_then())
+        async with following(tmp_path / "s", link.address, site.public_key, channels=4) as sampler:
+            resets.cancel()
+            assert sampler.follower.root == site.root
+            assert sampler.sources.received_bytes["learner"] == site.planner.plans[0].total_bytes, "no byte twice"
+            assert link.counters.connections > 4 + 2
+            assert [path for path in sampler.folder.iterdir() if path.suffix == ".part"] == []
+
+
+@pytest.mark.usefixtures("small_chunks")
+async def test_a_receivers_channels_share_its_byte_budget_and_receivers_do_not(tmp_path: Path) -> None:
+    async with learner_site(tmp_path / "learner", max_mbit_s=8.0) as site:
+        await site.publisher.publish(0, make_weights(1, 600_000))
+        began = time.monotonic()
+        async with following(tmp_path / "a", site.address, site.public_key, name="a", channels=2):
+            least_s = site.planner.plans[0].total_bytes * 8 / 8e6
+            alone_s = time.monotonic() - began
+            assert alone_s > 0.95 * least_s
+        async with (
+            following(tmp_path / "b", site.address, site.public_key, name="b") as b,
+            following(tmp_path / "c", site.address, site.public_key, name="c") as c,
+        ):
+            assert b.follower.root == c.follower.root == site.root
+        assert site.traffic.of("b").free_at_s > site.traffic.of("a").free_at_s + 0.95 * least_s
+        assert site.traffic.of("a").bytes_sent == site.traffic.of("c").bytes_sent == site.planner.plans[0].total_bytes

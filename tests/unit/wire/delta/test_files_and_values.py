@@ -91,10 +91,28 @@ def test_nans_of_types_without_infinity_are_found(dtype: str, nan: int) -> None:
     assert is_finite(tensor(dtype, [1, 0x7E, 0xFE]))
 
 
-def test_a_magnitude_limit_stops_weights_that_explode() -> None:
-    two, three = 0x4000, 0x4040
-    assert is_finite(tensor("BF16", [two, two | 0x8000]), max_abs_bits=two)
-    assert not is_finite(tensor("BF16", [two, three | 0x8000]), max_abs_bits=two)
+@pytest.mark.parametrize(
+    ("before", "after", "exploded"),
+    [
+        (0x3F00, 0x3F80, False),  # 0.5 to 1: nothing up to 1 is an explosion
+        (0x0000, 0x3F80, False),
+        (0x0000, 0x3F81, True),
+        (0x4000, 0x4200, False),  # 2 to 32: sixteen times
+        (0x4000, 0x4201, True),
+        (0x4000, 0xC201, True),
+        (0xC000, 0xC200, False),
+    ],
+)
+def test_a_magnitude_beyond_one_that_grows_more_than_sixteen_fold_is_an_explosion(
+    before: int, after: int, exploded: bool
+) -> None:
+    old = {"w": tensor("BF16", [1, before])}
+    new = {"w": tensor("BF16", [after, 1])}
+    if not exploded:
+        validate_names_shapes(new, old)
+        return
+    with pytest.raises(InvalidWeightsError, match="w grew more than 16-fold"):
+        validate_names_shapes(new, old)
 
 
 def test_weights_that_must_not_be_loaded_are_refused_with_the_name_of_the_tensor() -> None:
