@@ -1,6 +1,7 @@
 """Delays of a bad link, as a model: the `[delay]` section, and draws from it.
 
-The same section delays a real sampler, in real seconds, and the laboratory's samplers, in virtual ones. Source of the
+The same section delays a real sampler, in real seconds, and the laboratory's samplers, in virtual ones. docs/lab.md has
+the formulas. Source of the
 defaults: arXiv 2508.17850, where samplers get weights late by 60 to 1,800 s.
 """
 
@@ -63,12 +64,13 @@ class DelayModel(Section):
 
 
 class DelaySection(Section):
-    """Delays added on purpose, to see how a run bears them."""
+    """Delays added on purpose, to see how a run bears them; docs/lab.md has the formulas."""
 
     weights: DelayModel = DelayModel()
-    """Between the announcement of a version and its use."""
+    """Added to each new version but the first, after it was fetched and before it is used; versions that come out
+    meanwhile are skipped, but for the newest."""
     rollouts: DelayModel = DelayModel()
-    """Between a scored group and its way to the learner."""
+    """Added to each group between its score and its way to the learner; groups do not hold up each other."""
     seed: int = 0
     """Of all draws; every sampler draws its own, from this and its name."""
 
@@ -141,3 +143,7 @@ def read_trace(path: Path) -> tuple[float, ...]:
     if not delays:
         raise BadInputError(f"the trace of delays {path} is empty: write one delay in seconds per line")
     return tuple(delays)
+
+
+NO_DELAYS = Delays(DelayModel(), 0, "", "")
+"""0.0, for ever."""

@@ -1,6 +1,6 @@
 """From leases to spooled groups.
 
-    lease ─► wait for its policy version ─► render ─► generate G under one version ─► score ─► spool
+    lease ─► wait for its policy version ─► render ─► generate G under one version ─► score ─► [delay] ─► spool
       └ per lease one task; at most `generating` in the engine; scoring of one group overlaps generating of the next
 
 A lease ends in the spool, or is released with a reason and counted. It is renewed by heartbeats until its group is
@@ -9,6 +9,7 @@ acknowledged.
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from services.runtime import failpoints
 from services.runtime.errors import EngineError, ExhaustedError, ScoreError, UnavailableError
 from services.runtime.log import get_logger
 from services.sampler.backoff import Backoff
+from services.sampler.delays import NO_DELAYS, Delays
 from services.sampler.engine import Engine, Generated, GenerateRequest
 from services.sampler.follower import Follower
 from services.sampler.idle import IdleReason
@@ -71,6 +73,7 @@ class Rollout:
         spool: Spool,
         tally: Tally,
         limits: RolloutLimits,
+        delays: Delays = NO_DELAYS,
     ) -> None:
         self._control = control
         self._session = session
@@ -81,6 +84,9 @@ class Rollout:
         self._spool = spool
         self._tally = tally
         self._limits = limits
+        self._delays = delays
+        self._delayed = 0
+        self._hurry = asyncio.Event()
         self._generating = asyncio.Semaphore(limits.generating)
         self._scoring = asyncio.Semaphore(limits.scoring)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -131,7 +137,7 @@ class Rollout:
                 await self._open.wait()
                 with self._tally.idle.held_up_by(IdleReason.SPOOL_FULL):
                     await self._spool.leasing_room.wait()
-                free = self._limits.leases - len(self._tasks)
+                free = self._limits.leases - (len(self._tasks) - self._delayed)  # those are as good as sent
                 if free <= 0:
                     self._room.clear()
                     await self._room.wait()
@@ -154,6 +160,7 @@ class Rollout:
     async def finish(self) -> None:
         """Drain: asks for nothing, releases what has not begun, and waits for what has."""
         self.draining = True
+        self._hurry.set()
         self._tally.idle.set(IdleReason.DRAINING, True)
         self.pause(True)
         waiting = [lease_id for lease_id in self._tasks if lease_id not in self._started]
@@ -205,10 +212,25 @@ class Rollout:
         payload = encode_group(_scored_group(lease, token_ids, generated, scores, self._temperature(lease)))
         if len(payload) > _PAYLOAD_BYTES:
             raise _GivenUp("generation_failed", f"a group of {len(payload)} bytes does not fit a message")
+        await self._delay()
         failpoints.hit("rollout.before_spool")
         seq = await self._spool.append(payload)
         self._tally.groups += 1
         return seq
+
+    async def _delay(self) -> None:
+        """Waits as [delay] rollouts says; a drain ends it. Before the spool, since the spool is sent in order: there a
+        late group would hold up all behind it."""
+        if (wait_s := self._delays.next_s()) <= 0.0:
+            return
+        self._delayed += 1
+        self._room.set()
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._hurry.wait()
+        finally:
+            self._delayed -= 1
 
     async def _generate(self, lease: Lease, token_ids: tuple[int, ...]) -> Generated:
         settings = self._session.settings

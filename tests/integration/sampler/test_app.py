@@ -75,11 +75,12 @@ class RunningSampler:
 
 
 @asynccontextmanager
-async def running_sampler(learner: str, state: Path) -> AsyncIterator[RunningSampler]:
+async def running_sampler(learner: str, state: Path, *arguments: str) -> AsyncIterator[RunningSampler]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.cli", "sampler", "--learner", learner, f"--state_dir={state}"),
         *("--connect.insecure=true", "--connect.sampler_id=eu-1", "--engine.threads=1", "--log.format=json"),
         "--metrics_address=127.0.0.1:0",
+        *arguments,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=asyncio.subprocess.PIPE,
         limit=1 << 20,
