@@ -5,6 +5,8 @@ import re
 LETTERS = "ABCDEFGHIJ"
 
 _GOLD = re.compile(r"\(?([A-J])\)?(?:\s*,\s*\(?([A-J])\)?)*")
+# An option with its text: AMC's "\textbf{(B)}\ 12", "(B) 12", "B) 12". "(A)(B)" is a product, "(A) + B" a sum.
+_GOLD_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s+(?![-+*/^=])|([A-J])\)\s*)\S.*", re.DOTALL)
 _PREFIX = re.compile(r"(?:option|choice|answer|letter)\s+", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _STATED = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:|$)\s*(.*)", re.DOTALL)
@@ -12,8 +14,11 @@ _BARE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 
 
 def gold_letters(gold: str) -> frozenset[str] | None:
-    """The letters of a cleaned reference answer such as "B", "(B)" or "A, C"; None if it is something else."""
+    """The letters of a cleaned reference answer such as "B", "(B) 12" or "A, C"; None if it is something else."""
     plain = _TEXT.sub(r"\1", gold).strip()
+    with_text = _GOLD_WITH_TEXT.fullmatch(plain)
+    if with_text is not None:
+        return frozenset(with_text[1] or with_text[2])
     if _GOLD.fullmatch(plain) is None:
         return None
     return frozenset(re.findall(r"[A-J]", plain))

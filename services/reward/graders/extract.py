@@ -9,30 +9,34 @@ answer, and no number from its reasoning is taken instead.
 import re
 from dataclasses import dataclass
 
-from services.reward.graders.units import is_unit
+from services.reward.graders.units import SCALES, is_unit
 
 CLEAN_CHARS_MAX = 2000
 _TAIL_CHARS = 4000
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(
-    r"\b(?:final\s+)?answer\b\s*(?:\([^()\n]{0,20}\)\s*)?(?:\*\*|__)?[^\S\n]*(?:is\b[^\S\n]*:?|:|=)\s*", re.IGNORECASE
+    r"\b(?:(?:final\s+)?answer|(?:correct|right|best)\s+(?:option|choice))\b\s*(?:\([^()\n]{0,20}\)\s*)?"
+    r"(?:\*\*|__)?[^\S\n]*(?:is\b[^\S\n]*:?|:|=)\s*",
+    re.IGNORECASE,
 )
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations: 5*2=<<5*2=10>>10
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _NUMBER = re.compile(
-    r"(?<![\w.\\^_])(?P<sign>(?<![\w)\]}$%])[-−–])?\s?(?:\\?[$€£¥₹]\s?)?(?P<sign2>[-−])?"
+    r"(?<![\w.\\^_])(?P<sign>(?<![\w)\]}$%])[-−–]|[Nn]egative\s)?\s?(?:\\?[$€£¥₹]\s?)?(?P<sign2>[-−])?"
     r"(?P<number>\\[dtc]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*\d+\s*\}"
     r"|(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w)|\s?/\s?\d+)?"
     r"|\.\d+)(?P<percent>\s?\\?%)?"
 )
 _GLUED = re.compile(r"[A-Za-z²³°]+")
+_SCALE = re.compile(rf"\s(?:{'|'.join(SCALES)})\b", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
 _MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 _SPELLINGS = {
     "−": "-", "–": "-", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "{,}": ",",
     "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "½": "\\frac{1}{2}",
+    "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "²": "^2", "³": "^3",
     "\\varnothing": "\\emptyset", "∅": "\\emptyset", "∞": "\\infty", "π": "\\pi",
     "\\leqslant": "\\leq", "\\geqslant": "\\geq", "≤": "\\leq ", "≥": "\\geq ",
     "\\lbrace": "\\{", "\\rbrace": "\\}", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
@@ -44,6 +48,13 @@ _SPELLING = re.compile(
 
 
 _ROOT_SIGN = re.compile(r"√\s*(\d+|[A-Za-z])")
+_COLOR = re.compile(r"\\(?:textcolor|color)\s*\{\w+\}\s*")
+_WRAPPED_NUMBER = re.compile(
+    r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox)\s*\{\s*([-+$\\]*[\d.,]*\d[\d.,]*\s*(?:\\?%)?)\s*\}"
+)
+_HALF_DAY = re.compile(r"\b([AaPp])\.\s?([Mm])\b\.?")
+# A unit written as a fraction: \frac{\text{m}}{\text{s}} is \text{m/s}.
+_UNIT_FRACTION = re.compile(r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +150,8 @@ def numbers(text: str) -> list[str]:
         if glued is not None and (_ORDINAL.match(glued[0]) or not is_unit(glued[0], glued=True)):
             continue
         sign = "-" if match["sign"] or match["sign2"] else ""
-        found.append(sign + match["number"] + (match["percent"] or ""))
+        scale = _SCALE.match(tail, match.end())
+        found.append(sign + match["number"] + (match["percent"] or "") + (scale[0] if scale else ""))
     return found
 
 
@@ -148,6 +160,7 @@ def clean(text: str) -> str:
     text = text[:CLEAN_CHARS_MAX].strip()
     text = _SPELLING.sub(lambda match: _SPELLINGS[match[0]], text)
     text = _ROOT_SIGN.sub(r"\\sqrt{\1}", text)
+    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _COLOR.sub("", _HALF_DAY.sub(r"\1\2", text)))
     before = None
     while before != text:
         before = text
@@ -164,10 +177,14 @@ def clean(text: str) -> str:
         box = _BOX.match(text)
         if box is not None and _closing(text, box.end()) == len(text) - 1 and text[box.end()] == "{":
             text = text[box.end() + 1 : -1]
+        wrapped = _WRAPPED_NUMBER.fullmatch(text)
+        if wrapped is not None:
+            text = wrapped[1]
     return _thin_spaces(text)
 
 
 def _thin_spaces(text: str) -> str:
     # 1\,234 is 1,234; elsewhere a thin space is a space.
     text = re.sub(r"(?<=\d)\\[,;](?=\d{3}(?!\d))", ",", text)
-    return re.sub(r"\\[,;: ]|~", " ", text)
+    # A space behind two backslashes stands after the end of a matrix's row.
+    return re.sub(r"(?<!\\)\\[,;: ]|~", " ", text)

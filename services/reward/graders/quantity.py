@@ -27,6 +27,9 @@ _QUANTITY = re.compile(
     r"(?P<unit>.*)",
     re.DOTALL,
 )
+_WRAPPED_SCALE = re.compile(
+    rf"\s*\\(?:text|mathrm|mbox|textrm)\s*\{{\s*((?:{'|'.join(SCALES)})\b[^{{}}]*)\}}(.*)", re.IGNORECASE | re.DOTALL
+)
 _CURRENCIES = {"€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 
 
@@ -77,10 +80,15 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _split_scale(suffix: str) -> tuple[str, int]:
-    words = suffix.split(maxsplit=1)
-    if words and words[0].lower() in SCALES:
-        return suffix.replace(words[0], "", 1), SCALES[words[0].lower()]
-    return suffix, 1
+    """ "million km" is (" km", 10**6), in \\text or not; several scales multiply."""
+    wrapped = _WRAPPED_SCALE.fullmatch(suffix)
+    if wrapped is not None:
+        suffix = f" {wrapped[1]} {wrapped[2]}"
+    scale = 1
+    while (words := suffix.split(maxsplit=1)) and words[0].lower() in SCALES:
+        suffix = suffix.replace(words[0], "", 1)
+        scale *= SCALES[words[0].lower()]
+    return suffix, scale
 
 
 def same_quantity(gold: Quantity, answer: Quantity, *, tolerance: float, percent_as_unit: bool) -> str | None:

@@ -35,6 +35,7 @@ _TRAILING_UNIT = re.compile(
 _NUMERIC_SIDE = re.compile(r"(?:[\d\s.,+*/()^{}\-]|\\(?:frac|sqrt|cdot|times|pi|div))+")
 _LISTED = re.compile(r"[,;]|\b(?:or|and)\b|\\(?:vee|lor|wedge|land|quad|qquad)(?![A-Za-z])|\\\\")
 _PRIME_OF_NUMBER = re.compile(r"\d\s*['\"]")
+_RATIO = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?(?!\d)")
 _CONNECTIVE = re.compile(r"\b(?:or|and)\b")
 _OPENINGS, _CLOSINGS = "([{", ")]}"
 
@@ -57,6 +58,9 @@ def same_expression(gold: str, answer: str) -> str | None:
     gold_base, answer_base = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
     if gold_base or answer_base:
         return _same_in_base(gold_base, answer_base, gold, answer)
+    if _RATIO.match(gold):
+        # A time of day, perhaps: 3:45 and 6:90 are equal as ratios only.
+        return None if _squeezed(gold) == _squeezed(answer) else "another time or ratio than the reference answer"
     if not _brackets_agree(gold, answer):
         return "another kind of bracket than the reference answer"
     answer = answer.split("\\approx")[0].strip()
@@ -77,6 +81,8 @@ def why_unparsable(gold: str) -> str | None:
 
 
 def _malformed(text: str) -> str | None:
+    if "\\boxed" in text or "\\fbox" in text:
+        return "a box inside of the answer"
     if not balanced(text):
         return "its brackets do not pair up"
     if _NUMBERS_SIDE_BY_SIDE.search(text) and not _CONNECTIVE.search(text) and "matrix" not in text:

@@ -38,10 +38,15 @@ _SPELLINGS: dict[str, str] = {
     "cubic": "cubic cu",
 }
 _CANONICAL = {spelling: unit for unit, line in _SPELLINGS.items() for spelling in line.split()}
-# Words that make an expression, a list or an approximation out of "number word": never units.
+# Words that make another value, an expression, a list or an approximation out of "number word": never units.
 _NOT_UNITS_LINE = """pi e i or and mod modulo to sqrt sin cos tan log ln exp inf infinity factorial choose plus minus
-    times over by divided squared cubed is not than less more about approximately x y z n k"""
+    times over by divided squared cubed is not than less more about approximately x y z n k
+    hundred hundreds thousand thousands million millions billion billions trillion trillions bn mil
+    half halves third thirds tenth tenths hundredth hundredths thousandth thousandths millionth millionths
+    doubled tripled halved wrong incorrect false"""
 _NOT_UNITS = frozenset(_NOT_UNITS_LINE.split())
+_TEMPERATURE = re.compile(r"(?:\^\{?\\circ\}?|°)\s*([CF])(?![A-Za-z])")
+_SCALE_OF = {"C": "celsius", "F": "fahrenheit"}
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mbox|mathit|operatorname)\s*\{([^{}]*)\}")
 _WORD = re.compile(r"\^\{?\\circ\}?|\\[%$]|[%°$¢€£]|[A-Za-z]+|[²³]|\^\{?[23]\}?")
 # 5^2 is a power, 5 cm^2 an area.
@@ -50,7 +55,8 @@ _SUFFIX = re.compile(r"(?:\s|\\ |~|/|\.|-|\(|\)|\^\{?\\circ\}?|\\[%$]|[%°$¢€
 
 
 def _plain(suffix: str) -> str:
-    return _TEXT.sub(r" \1 ", suffix).replace("\\,", " ").replace("\\;", " ").replace("\\ ", " ")
+    plain = _TEXT.sub(r" \1 ", suffix).replace("\\,", " ").replace("\\;", " ").replace("\\ ", " ")
+    return _TEMPERATURE.sub(lambda match: f" degree {_SCALE_OF[match[1]]}", plain)
 
 
 def is_unit(suffix: str, *, glued: bool) -> bool:
