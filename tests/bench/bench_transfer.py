@@ -100,11 +100,11 @@ def link(upstream: int, mbit: float, rtt_ms: float, loss: float) -> tuple[str, .
     )
 
 
-async def raw_s(port: int, size: int) -> float:
-    """Seconds from asking to the last byte, over a connection that has carried bytes before."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=_RECEIVE_BYTES)
+async def raw_s(port: int, size: int, host: str = "127.0.0.1", warm: int = 4 << 20) -> float:
+    """Seconds from asking to the last byte, over a connection that has carried `warm` bytes before."""
+    reader, writer = await asyncio.open_connection(host, port, limit=_RECEIVE_BYTES)
     try:
-        await take_raw(reader, writer, 4 << 20)
+        await take_raw(reader, writer, warm)
         began = time.perf_counter()
         await take_raw(reader, writer, size)
         return time.perf_counter() - began

@@ -97,6 +97,7 @@ class RecordingPlanner(Planner):
 async def learner_site(
     folder: Path,
     *,
+    host: str = "127.0.0.1",
     port: int = 0,
     epoch: int = 1,
     stall_s: float = 60.0,
@@ -119,7 +120,7 @@ async def learner_site(
     )
     server = build_server("learner", server_interceptors(RULES))
     weights_pb2_grpc.add_WeightServiceServicer_to_server(service, server)
-    address = bind(server, Address(host="127.0.0.1", port=port), credentials)
+    address = bind(server, Address(host=host, port=port), credentials)
     await server.start()
     try:
         yield LearnerSite(
@@ -206,9 +207,9 @@ class Following:
         return self.follower.root
 
 
-def dial(address: Address, name: str = "eu-1") -> grpc.aio.Channel:
+def dial(address: Address, name: str = "eu-1", credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
     """A sampler's bulk channel."""
-    return open_channel(address, None, "bulk", Identity(role=Role.SAMPLER, id=name))
+    return open_channel(address, credentials, "bulk", Identity(role=Role.SAMPLER, id=name))
 
 
 @asynccontextmanager

@@ -3,10 +3,14 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from services.runtime.errors import InvalidWeightsError
 from services.wire.delta.tensors import BITS_TYPE, EXPONENT_MASK, BitTensor, TensorForm, Weights, forms_of
 
-FINITE_BLOCK = 1 << 20
+FINITE_BLOCK = 128 << 10
+"""Elements of a block that stays in a core's own cache."""
+
 ONLY_NANS = {"F8_E4M3": (0x7F, 0xFF), "F8_E8M0": (0xFF,), "F8_E4M3FNUZ": (0x80,), "F8_E5M2FNUZ": (0x80,)}
 """The NaN patterns of the types that have no infinity."""
 
@@ -43,8 +47,12 @@ def largest_magnitude(tensor: BitTensor) -> int:
     """
     size = tensor.bits.dtype.itemsize
     unsigned = BITS_TYPE[size](ALL_BUT_SIGN[size])
-    blocks = range(0, tensor.bits.size, FINITE_BLOCK)
-    return max((int((tensor.bits[start : start + FINITE_BLOCK] & unsigned).max()) for start in blocks), default=0)
+    magnitudes = np.empty(min(FINITE_BLOCK, tensor.bits.size), tensor.bits.dtype)
+    largest = 0
+    for start in range(0, tensor.bits.size, FINITE_BLOCK):
+        block = tensor.bits[start : start + FINITE_BLOCK]
+        largest = max(largest, int(np.bitwise_and(block, unsigned, out=magnitudes[: block.size]).max()))
+    return largest
 
 
 def is_finite(tensor: BitTensor) -> bool:
