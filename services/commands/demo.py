@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UsageError(f"--steps {arguments.steps}: the demo takes 1 optimizer step or more")
     import dataclasses
 
     from rich.console import Console
