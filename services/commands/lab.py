@@ -41,6 +41,7 @@ def _add_staleness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper-gspo-clip", action="store_true", help="gspo with its own 3e-4/4e-4 instead of .2/.2")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another key of the arena")
     parser.add_argument("--out", type=Path, default=Path("runs/lab"), help="folder of results; finished cells are kept")
+    parser.add_argument("--finished", action="store_true", help="run nothing: show the cells that are finished")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (2)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     parser.add_argument("--no-plots", action="store_true", help="draw nothing")
@@ -107,7 +108,7 @@ def _make(folder: Path) -> None:
 def _staleness(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from services.lab.staleness import Grid, parse_contender, run_grid
+    from services.lab.staleness import Grid, finished, parse_contender, run_grid
     from services.lab.tables import as_table, compared, lines_of
     from services.runtime.files import atomic_write
 
@@ -120,6 +121,7 @@ def _staleness(arguments: argparse.Namespace) -> int:
         seeds=arguments.seeds,
     )
     pairs = list(grid.cells(_arena(arguments), arguments.links))
+    pairs = finished(pairs, arguments.out) if arguments.finished else pairs
     progress = Console(stderr=True)
     results = run_grid([cell for _, cell in pairs], arguments.out, arguments.workers, progress)
     lines = lines_of([contender.label for contender, _ in pairs], results)

@@ -49,7 +49,8 @@ def _courses(lines: Sequence[Line], path: Path) -> Path:
                 for line in (one for one in lines if one.delay == delay):
                     _draw_course(axes, line, key, colours[line.label], log)
                 if row == 0:
-                    axes.set_title(f"staleness {delay}" if delay.isdigit() else delay, loc="left", fontweight="bold")
+                    title = f"staleness {delay}" if delay.isdigit() else delay
+                    axes.set_title(f"{title}, {_seeds(lines, delay)}", loc="left", fontweight="bold")
                 if column == 0:
                     axes.set_ylabel(label)
                 if row == len(_ROWS) - 1:
@@ -75,7 +76,7 @@ def _by_delay(lines: Sequence[Line], path: Path) -> Path:
     delays = sorted(dict.fromkeys(line.delay for line in lines), key=lambda text: (not text.isdigit(), text.zfill(9)))
     colours, labels = _colours(lines), list(dict.fromkeys(line.label for line in lines))
     with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]
-        figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for place, label in enumerate(labels):
             shown = [line for line in lines if line.label == label]
@@ -91,7 +92,7 @@ def _by_delay(lines: Sequence[Line], path: Path) -> Path:
                 capsize=2,
                 markersize=4,
             )
-        axes.set_xticks(range(len(delays)), delays)
+        axes.set_xticks(range(len(delays)), [f"{delay}\n{_seeds(lines, delay)}" for delay in delays])
         axes.set_xlabel("staleness (versions) or delay model")
         axes.set_ylabel("last accuracy, 95 % interval")
         axes.set_ylim(0, 1.02)
@@ -113,7 +114,7 @@ def draw_theory(grid: BernoulliGrid, line: GaussianLine, path: Path) -> Path:
         third.annotate(f" {line.crossing:.3f}", (line.crossing, 0.02), color="#868e96")
         third.set_ylim(0, 1)
         third.set_xlabel("gap of the means")
-        third.set_title("unit Gaussians: variance of the weight", loc="left", fontweight="bold")
+        third.set_title("unit Gaussians: variance", loc="left", fontweight="bold")
         third.legend(frameon=False)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
     return path
@@ -138,6 +139,13 @@ def _variance_map(axes: Axes, grid: BernoulliGrid, kind: str, name: str, title: 
     figure = axes.get_figure()
     assert figure is not None, "axes of a figure"
     figure.colorbar(mesh, ax=axes, label="log10 of the ratio of variances")
+
+
+def _seeds(lines: Sequence[Line], delay: str) -> str:
+    """How many seeds the lines of this delay have."""
+    counts = {len(line.results) for line in lines if line.delay == delay}
+    most = max(counts)
+    return f"{most} seed{'s' if most > 1 else ''}" if len(counts) == 1 else f"{min(counts)}-{most} seeds"
 
 
 def _colours(lines: Sequence[Line]) -> dict[str, str]:

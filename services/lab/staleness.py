@@ -116,6 +116,14 @@ def run_grid(cells: Sequence[Cell], out: Path, workers: int, console: Console) -
     return [read_result(folder / f"{cell.key}.json") for cell in cells]
 
 
+def finished(pairs: Sequence[tuple[Contender, Cell]], out: Path) -> list[tuple[Contender, Cell]]:
+    """Those of `pairs` whose results are in OUT. Raises UsageError where none is."""
+    found = [(contender, cell) for contender, cell in pairs if (out / "cells" / f"{cell.key}.json").exists()]
+    if not found:
+        raise UsageError(f"no cell of this grid is finished in {out / 'cells'}: run without --finished")
+    return found
+
+
 def _run_missing(missing: Sequence[Cell], out: Path, workers: int, console: Console, done: int) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     pool = ProcessPoolExecutor(

@@ -164,3 +164,8 @@ def test_the_command_prints_json_from_finished_cells(tmp_path: Path, capsys: pyt
     found = json.loads(capsys.readouterr().out)
     assert found["lines"][0]["loss"] == "gepo"
     assert found["lines"][0]["seeds"] == [0]
+    more = [*words, *options, "--seeds", "3", "--no-plots", "--finished"]  # two of the three are missing
+    assert main(["lab", "staleness", *more]) == 0
+    assert "1" in capsys.readouterr().out
+    assert main(["lab", "staleness", *more, "--losses", "grpo"]) == 2
+    assert "no cell of this grid is finished" in capsys.readouterr().err
