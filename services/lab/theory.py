@@ -6,8 +6,11 @@ With G draws: the same with E = Σ q_j² / Σ q_j and max_j q_j of the group, wh
 Theorem 1 (arXiv 2508.17850): Var[p/q] - Var[p/E_q q] ≥ exp(KL(p‖q)) - (n² + 1).
 Theorem 2: E_q[p / E_q q] = ⟨p, q⟩ / ‖q‖² ≤ ‖p‖ / ‖q‖, which bounds the bias.
 Proposition 3 (ours, docs/gepo.md): p/max(q_i, E) and p/max_j q_j have second moments at most those of p/q and of p/E.
+Proposition 4 (ours): of w = p / (q_i^(1-λ) max_j q_j^λ), which is gepo_fresh's weight, the second moment falls with λ and
+is log-convex in it, and 0 ≤ 1 - E_q[w] ≤ λ E_p[log(max_j q_j / q_i)].
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -17,6 +20,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 WEIGHTS = ("own", "group", "bound", "max")
 """p/q_i, p/E, p/max(q_i, E), p/max_j q_j."""
+BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""λ of the denominators between q_i and max_j q_j."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,10 @@ class BernoulliGrid:
     """With E_q[q] and max q themselves."""
     drawn: dict[str, Moments]
     """With the estimates from a group of `group_size` draws."""
+    blended: dict[float, Moments]
+    """By λ, with the group's max_j q_j."""
+    log_gap: Array
+    """E_p[log(max_j q_j / q_i)], the other draws from q."""
     group_size: int
 
     @property
@@ -63,6 +72,8 @@ def bernoulli_grid(points: int = 200, group_size: int = 8) -> BernoulliGrid:
     expected, largest = q**2 + (1 - q) ** 2, np.maximum(q, 1 - q)
     exact = _moments_of(p, q, {"group": expected, "max": largest})
     drawn = {name: [np.zeros_like(kl), np.zeros_like(kl)] for name in WEIGHTS}
+    blended = {blend: [np.zeros_like(kl), np.zeros_like(kl)] for blend in BLENDS}
+    log_gap = np.zeros_like(kl)
     # A group is told by how many of its draws are the first outcome.
     for first in range(group_size + 1):
         share = first / group_size
@@ -72,11 +83,18 @@ def bernoulli_grid(points: int = 200, group_size: int = 8) -> BernoulliGrid:
         for name, moments in _moments_of(p, q, {"group": contraharmonic, "max": top}, share).items():
             drawn[name][0] += chance * moments.mean
             drawn[name][1] += chance * moments.second
+        for blend, sums in blended.items():
+            weights = p / (q ** (1 - blend) * top**blend), (1 - p) / ((1 - q) ** (1 - blend) * top**blend)
+            for power, total in enumerate(sums, 1):
+                total += chance * (share * weights[0] ** power + (1 - share) * weights[1] ** power)
+        log_gap += chance * (share * p / q * np.log(top / q) + (1 - share) * (1 - p) / (1 - q) * np.log(top / (1 - q)))
     return BernoulliGrid(
         chances=chances,
         kl=kl,
         exact=exact,
         drawn={name: Moments(mean=mean, second=second) for name, (mean, second) in drawn.items()},
+        blended={blend: Moments(mean=mean, second=second) for blend, (mean, second) in blended.items()},
+        log_gap=log_gap,
         group_size=group_size,
     )
 
@@ -112,6 +130,8 @@ class GaussianLine:
 
     gaps: Array
     moments: dict[str, Moments]
+    blended: dict[float, Moments]
+    log_gap: Array
 
     @property
     def crossing(self) -> float:
@@ -135,7 +155,31 @@ def gaussian_line(most: float = 2.0, points: int = 401) -> GaussianLine:
     for name in WEIGHTS:
         weight = p / np.maximum(_denominator(name, q, given), 1e-300)
         moments[name] = Moments(mean=(weight * q).sum(1) * step, second=(weight**2 * q).sum(1) * step)
-    return GaussianLine(gaps=gaps, moments=moments)
+    blended: dict[float, Moments] = {}
+    for blend in BLENDS:
+        weight = p / (np.maximum(q, 1e-300) ** (1 - blend) * largest**blend)
+        blended[blend] = Moments(mean=(weight * q).sum(1) * step, second=(weight**2 * q).sum(1) * step)
+    log_gap = (p * np.log(largest / np.maximum(q, 1e-300))).sum(1) * step
+    return GaussianLine(gaps=gaps, moments=moments, blended=blended, log_gap=log_gap)
+
+
+def blend_findings(blended: dict[float, Moments], log_gap: Array) -> dict[str, bool]:
+    """Whether each statement of Proposition 4 holds at every point."""
+    slack = 1 + 1e-6
+    seconds = [blended[blend].second for blend in BLENDS]
+    first, last = seconds[0], seconds[-1]
+    biases = [1.0 - blended[blend].mean for blend in BLENDS]
+    return {
+        "second_moment_falls": all(bool((b <= a * slack).all()) for a, b in itertools.pairwise(seconds)),
+        "second_moment_is_log_convex": all(
+            bool((second <= first ** (1 - blend) * last**blend * slack).all())
+            for blend, second in zip(BLENDS, seconds, strict=True)
+        ),
+        "bias_within_bound": all(
+            bool((bias >= -1e-6).all() and (bias <= blend * log_gap + 1e-6).all())
+            for blend, bias in zip(BLENDS, biases, strict=True)
+        ),
+    }
 
 
 def findings(grid: BernoulliGrid, line: GaussianLine) -> dict[str, object]:
@@ -150,6 +194,7 @@ def findings(grid: BernoulliGrid, line: GaussianLine) -> dict[str, object]:
         "theorem_1_holds_share": share(grid.theorem_1_slack >= -tiny),
         "theorem_1_bound_is_positive_share": share(np.exp(grid.kl) > 5.0),
         "theorem_2_holds_share": share(grid.theorem_2_slack >= -tiny),
+        "gaussian_theorem_2_holds_share": share(line.moments["group"].mean <= 1.0 + tiny),
         "gaussian_crossing_gap": round(line.crossing, 4),
         "group_size": grid.group_size,
     }
@@ -169,4 +214,11 @@ def findings(grid: BernoulliGrid, line: GaussianLine) -> dict[str, object]:
             )
         for name in WEIGHTS:
             result[f"{label}_{name}_mean_weight_error"] = float(f"{np.abs(moments[name].mean - 1).mean():.4f}")
+    for label, moments, log_gap in (("drawn", grid.blended, grid.log_gap), ("gaussian", line.blended, line.log_gap)):
+        for name, holds in blend_findings(moments, log_gap).items():
+            result[f"{label}_proposition_4_{name}"] = holds
+        for blend in BLENDS[1:-1]:
+            result[f"{label}_blend_{blend:g}_mean_weight_error"] = float(
+                f"{np.abs(moments[blend].mean - 1).mean():.4f}"
+            )
     return result

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from services.lab.theory import bernoulli_grid, findings, gaussian_line
+from services.lab.theory import BLENDS, Moments, bernoulli_grid, blend_findings, findings, gaussian_line
 
 
 def test_the_group_weight_of_unit_gaussians_crosses_at_the_known_gap() -> None:
@@ -31,6 +31,26 @@ def test_the_larger_denominators_have_second_moments_below_both(size: int) -> No
     for kind in ("exact", "drawn"):
         for name in ("bound", "max"):
             assert found[f"{kind}_{name}_second_moment_never_above_either"] is True
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_denominator_that_moves_obeys_proposition_4(size: int) -> None:
+    grid, line = bernoulli_grid(40, size), gaussian_line(points=21)
+    assert all(blend_findings(grid.blended, grid.log_gap).values())
+    assert all(blend_findings(line.blended, line.log_gap).values())
+    for moments, blended in ((grid.drawn, grid.blended), (line.moments, line.blended)):
+        assert blended[0.0].second == pytest.approx(moments["own"].second)
+        assert blended[1.0].second == pytest.approx(moments["max"].second)
+
+
+def test_a_weight_that_breaks_proposition_4_is_found() -> None:
+    grid = bernoulli_grid(10)
+    wrong = {
+        blend: Moments(mean=grid.blended[blend].mean - 1.0, second=grid.blended[1 - blend].second) for blend in BLENDS
+    }
+    assert not any(
+        blend_findings(wrong, 0.0 * grid.log_gap)[key] for key in ("second_moment_falls", "bias_within_bound")
+    )
 
 
 def test_moments_are_those_of_a_simulation() -> None:
