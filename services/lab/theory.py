@@ -6,8 +6,8 @@ With G draws: the same with E = Σ q_j² / Σ q_j and max_j q_j of the group, wh
 Theorem 1 (arXiv 2508.17850): Var[p/q] - Var[p/E_q q] ≥ exp(KL(p‖q)) - (n² + 1).
 Theorem 2: E_q[p / E_q q] = ⟨p, q⟩ / ‖q‖² ≤ ‖p‖ / ‖q‖, which bounds the bias.
 Proposition 3 (ours, docs/gepo.md): p/max(q_i, E) and p/max_j q_j have second moments at most those of p/q and of p/E.
-Proposition 4 (ours): of w = p / (q_i^(1-λ) max_j q_j^λ), which is gepo_fresh's weight, the second moment falls with λ and
-is log-convex in it, and 0 ≤ 1 - E_q[w] ≤ λ E_p[log(max_j q_j / q_i)].
+Proposition 4 (ours): of w = p / (q_i^(1-λ) max_j q_j^λ), which is gepo_fresh's weight, the second moment falls with λ
+and is log-convex in it, and 0 ≤ 1 - E_q[w] ≤ λ E_p[log(max_j q_j / q_i)].
 """
 
 import itertools
