@@ -9,6 +9,9 @@ from services.commands.connection import add_tls_arguments, tls_overrides
 from services.runtime.config import add_config_arguments, load
 from services.runtime.log import configure
 
+_ANSWERS_S = 30.0
+"""Spent on reading reference answers at a start; --check reads all."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tls_arguments(parser, "learner")
@@ -26,6 +29,14 @@ def run(arguments: argparse.Namespace) -> int:
     from services.learner.preflight import preflight
 
     inputs = preflight(config)
+    from services.commands.answers import check_answers
+    from services.reward.spec import GraderSpec
+
+    data = [(config.data.train, inputs.train.prompts)]
+    if config.data.eval is not None:
+        data.append((config.data.eval, inputs.eval_prompts))
+    graders = [GraderSpec(name=one.name, weight=one.weight, options=one.options) for one in config.reward]
+    check_answers(data, graders, None if arguments.check else _ANSWERS_S)
     if arguments.check:
         print(f"run {config.run.id}: {len(inputs.train.prompts)} training prompts, configuration and inputs are good")
         return 0

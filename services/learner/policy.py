@@ -72,7 +72,7 @@ def load_policy(settings: PolicySection) -> Policy:
     transformers_logging.disable_progress_bar()  # the log is one JSON object per line
     files = read_model_files(settings.path)
     device = pick_device(settings.device)
-    _check_tokenizer(settings.path)
+    highest_id = _check_tokenizer(settings.path)
     model = _load_model(settings.path)
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps torch's method with its own self
     model.config.use_cache = False
@@ -85,17 +85,24 @@ def load_policy(settings: PolicySection) -> Policy:
         device=device,
         vocab_size=int(cast(Tensor, model.get_input_embeddings().weight).shape[0]),
     )
+    if highest_id >= policy.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {settings.path} has token ids up to {highest_id}, and the model's embedding has"
+            f" {policy.vocab_size} rows: take the tokenizer that the model was trained with"
+        )
     for name, tensor in policy.parameters().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidWeightsError(f"{name} in {settings.path} holds NaN or infinity: take another checkpoint")
     return policy
 
 
-def _check_tokenizer(directory: Path) -> None:
+def _check_tokenizer(directory: Path) -> int:
+    """Its highest token id."""
     try:
-        AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise plain Exception for a file they cannot read
         raise ConfigError(f"the tokenizer in {directory} does not load: {_first_line(error)}") from error
+    return max(cast("dict[str, int]", tokenizer.get_vocab()).values(), default=-1)
 
 
 def _load_model(directory: Path) -> PreTrainedModel:

@@ -68,6 +68,28 @@ def test_a_data_line_that_does_not_parse_is_named_by_number(folder: Path):
     assert "line 3" in sentence
 
 
+def test_a_reference_answer_that_no_grader_can_read_is_named(folder: Path):
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Half of one?", "answer": "\\frac{1}{"}) + "\n")
+    sentence = sentence_of(heterorl(folder, "learner", "-c", "run.toml"), 65)
+    assert "train.jsonl, prompt 2" in sentence
+    assert "cannot be graded" in sentence
+
+
+def test_an_unknown_grader_suggests_the_nearest_one(folder: Path):
+    with (folder / "run.toml").open("a") as file:
+        file.write('[[reward]]\nname = "maths"\n')
+    sentence = sentence_of(heterorl(folder, "learner", "-c", "run.toml"), 65)
+    assert "maths" in sentence
+    assert "math" in sentence.replace("maths", "")
+
+
+def test_an_unknown_dtype_of_the_engine_is_named(folder: Path):
+    sentence = sentence_of(heterorl(folder, "sampler", "--learner", "127.0.0.1:7443", "--engine.dtype=float8"), 78)
+    assert "engine.dtype" in sentence
+    assert "bfloat16" in sentence
+
+
 def test_a_model_directory_without_a_tokenizer_is_refused(folder: Path):
     shutil.copytree(POLICY, folder / "model")
     for file in (folder / "model").glob("tokenizer*"):

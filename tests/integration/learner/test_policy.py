@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from services.lab.tiny_policy import byte_level_tokenizer
 from services.learner.config import PolicySection
 from services.learner.forward import Forward
 from services.learner.model_files import read_model_files
@@ -64,6 +65,13 @@ def test_a_missing_file_is_one_sentence(copy: Path, name: str, error: type[Excep
     (copy / name).unlink()
     with pytest.raises(error, match=words):
         read_model_files(copy)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(copy: Path) -> None:
+    """It would ask the embedding for rows that it does not have."""
+    byte_level_tokenizer(["3+4=7"] * 50, 300).save_pretrained(copy)
+    with pytest.raises(ConfigError, match=r"token ids up to \d+, and the model's embedding has \d+ rows"):
+        load(copy)
 
 
 def test_pickled_weights_are_not_read(copy: Path) -> None:
