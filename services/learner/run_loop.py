@@ -4,7 +4,8 @@
                           └──────────────────── checkpoint every N ◄────────────────────┘
 
 Version n is the policy after n applied steps. With max_staleness = 0 everything is one after another; else the next
-batch is awaited while the new version is encoded, and the next step begins when that is done.
+step waits for nothing but the copy of the weights in wire format: the version is encoded, stored and announced while
+the next batch is awaited and computed. At most one version is on its way out.
 """
 
 import asyncio
@@ -65,6 +66,8 @@ class RunLoop:
         self._saved_step = parts.state.step if parts.checkpoints.steps() else -1
         self._nonfinite = 0
         self._evaluating: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[None] | None = None
+        """At most one version is on its way out, while the next step computes."""
 
     @property
     def finished(self) -> bool:
@@ -81,12 +84,14 @@ class RunLoop:
             batch = await self._take()
             while batch is not None:
                 batch = await self._one_step(batch)
+            await self._published()
             if self.finished and self._p.config.eval.at_end:
                 await self._final_evaluation()
         finally:
-            if self._evaluating is not None:
-                self._evaluating.cancel()
-                await asyncio.gather(self._evaluating, return_exceptions=True)
+            beside = [task for task in (self._publishing, self._evaluating) if task is not None]
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
         await self.checkpoint()
 
     async def _one_step(self, batch: TakenBatch) -> TakenBatch | None:
@@ -98,6 +103,7 @@ class RunLoop:
         p.state.switch(Activity.TRAIN)
         hit("step.before")
         result = await asyncio.to_thread(p.trainer.step, batch.groups)
+        await self._published()
         step = p.state.step + 1
         if not result.applied:
             await self._skip(batch, step)
@@ -113,19 +119,33 @@ class RunLoop:
         if self._due(p.config.checkpoint.every_steps):
             await self.checkpoint()
         if self._due(p.config.eval.every_steps) and not self.finished:
+            await self._published()
             self._evaluate_beside()
         return next_batch
 
     async def _publish_and_take(self, step: int, weights: Weights, metrics: dict[str, float]) -> TakenBatch | None:
         """The next batch is for a step from `step`, so its staleness is exact although that version is not out yet."""
         self._p.state.switch(Activity.PUBLISH)
+        publishing = self._publishing = asyncio.create_task(self._publish(step, weights, metrics))
         if self._p.config.staleness.max_staleness == 0:
-            await self._publish(step, weights, metrics)
+            await self._published()
             return await self._take()
-        async with asyncio.TaskGroup() as tasks:
-            publishing = tasks.create_task(self._publish(step, weights, metrics))
-            taking = tasks.create_task(self._take(beside=publishing))
-        return taking.result()
+        taking = asyncio.create_task(self._take(beside=publishing))
+        try:
+            await asyncio.wait((publishing, taking), return_when=asyncio.FIRST_COMPLETED)
+            if publishing.done():
+                await (
+                    self._published()
+                )  # or its failure would leave the batch, which needs the version, awaited for ever
+            return await taking
+        finally:
+            taking.cancel()
+
+    async def _published(self) -> None:
+        """Waits for the version that is on its way out, and raises what ended that."""
+        publishing, self._publishing = self._publishing, None
+        if publishing is not None:
+            await publishing
 
     async def _publish(self, step: int, weights: Weights, metrics: dict[str, float]) -> None:
         p = self._p
@@ -144,12 +164,21 @@ class RunLoop:
         p = self._p
         if self.finished or p.control.stopping.is_set():
             return None
-        if beside is None:
+
+        def waits(_: object = None) -> None:
             p.state.switch(Activity.WAIT_GROUPS)
+
+        if beside is None:
+            waits()
         else:
-            beside.add_done_callback(lambda _: p.state.switch(Activity.WAIT_GROUPS))
-        count = p.config.batch.groups_per_step
-        return await unless_set(p.control.stopping, p.plane.take_batch(count, p.state.step))
+            beside.add_done_callback(waits)
+        try:
+            return await unless_set(
+                p.control.stopping, p.plane.take_batch(p.config.batch.groups_per_step, p.state.step)
+            )
+        finally:
+            if beside is not None:
+                beside.remove_done_callback(waits)  # training may go on while it publishes
 
     async def _skip(self, batch: TakenBatch, step: int) -> None:
         self._nonfinite += 1
@@ -167,6 +196,7 @@ class RunLoop:
     async def checkpoint(self) -> None:
         """Writes the state after the last step, unless it is written."""
         p = self._p
+        await self._published()
         if p.state.step == self._saved_step:
             return
         before = p.state.activity
