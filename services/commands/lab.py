@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from services.runtime.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from services.lab.arena import Arena
+
+_TABLE_COLUMNS = 132
+"""Width of a table that no terminal shows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +146,10 @@ def _staleness(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(text)
     else:
-        Console().print(as_table(lines, f"{arguments.task} task, {arguments.steps} steps: mean ±95 % interval"))
+        wide = None if sys.stdout.isatty() else _TABLE_COLUMNS
+        Console(width=wide).print(
+            as_table(lines, f"{arguments.task} task, {arguments.steps} steps: mean ±95 % interval")
+        )
     return 0
 
 
