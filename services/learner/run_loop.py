@@ -133,10 +133,8 @@ class RunLoop:
         taking = asyncio.create_task(self._take(beside=publishing))
         try:
             await asyncio.wait((publishing, taking), return_when=asyncio.FIRST_COMPLETED)
-            if publishing.done():
-                await (
-                    self._published()
-                )  # or its failure would leave the batch, which needs the version, awaited for ever
+            if publishing.done():  # else its failure would leave the batch awaited for ever: it needs the version
+                await self._published()
             return await taking
         finally:
             taking.cancel()
