@@ -45,6 +45,7 @@ class DemoSettings:
     links: tuple[Link, ...] = (Link(rtt_ms=100, rate_mbit_s=50), Link(rtt_ms=200, rate_mbit_s=20))
     eval_every_steps: int = 20
     eval_prompts: int = 200
+    grader: str = "exact"
     engine: Literal["transformers", "vllm"] = "transformers"
     """What the samplers generate with; the processes must run in an environment that has it."""
 
@@ -108,7 +109,7 @@ class Site:
             ),
             sampling=learner_config.SamplingSection(group_size=s.group_size, max_completion_tokens=8),
             eval=learner_config.EvalSection(every_steps=s.eval_every_steps, prompts=s.eval_prompts),
-            reward=[learner_config.GraderSection(name="exact")],
+            reward=[learner_config.GraderSection(name=s.grader)],
             staleness=learner_config.StalenessSection(max_staleness=s.max_staleness),
             batch=learner_config.BatchSection(groups_per_step=s.groups_per_step),
             loss=LossSettings(name=s.loss),
@@ -151,6 +152,7 @@ class Site:
                 state_dir=self.work / name,
                 engine=self.engine(),
                 reward=sampler_config.RewardSection(address=socket),
+                metrics_address="127.0.0.1:0",
             )
             (self.work / f"{name}.toml").write_text(render_toml(sampler_config.SamplerConfig, config))
             await self.start_sampler(name)

@@ -143,7 +143,8 @@ class Rollout:
                     await self._room.wait()
                     continue
                 try:
-                    leases = await self._lease(free)
+                    with self._tally.idle.held_up_by(IdleReason.WAITING_FOR_LEASES):
+                        leases = await self._lease(free)
                 except (UnavailableError, ExhaustedError) as error:
                     self._session.check_patience()
                     wait_s = backoff.next_s()

@@ -47,7 +47,7 @@ def test_a_moment_counts_once_for_the_strongest_reason() -> None:
         idle.set(IdleReason.PAUSED, True)
         clock.now += 4
     clock.now += 8
-    assert spent(idle) == {"scoring": 5.0, "spool_full": 2.0, "paused": 8.0}
+    assert spent(idle) == {"scoring": 1.0, "spool_full": 2.0, "paused": 12.0}
 
 
 def test_a_swap_is_idle_time_only_if_it_stopped_work() -> None:
@@ -58,3 +58,14 @@ def test_a_swap_is_idle_time_only_if_it_stopped_work() -> None:
     with idle.generating():
         idle.swapped(0.25)
     assert spent(idle) == {"swapping": 0.25}
+
+
+def test_grading_holds_nothing_up_while_the_learner_is_asked_for_more() -> None:
+    clock = Clock()
+    idle = IdleTime(clock)
+    idle.set(IdleReason.STARTING, False)
+    with idle.held_up_by(IdleReason.SCORING):
+        with idle.held_up_by(IdleReason.WAITING_FOR_LEASES):
+            clock.now += 2
+        clock.now += 3
+    assert spent(idle) == {"waiting_for_leases": 2.0, "scoring": 3.0}
