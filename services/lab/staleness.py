@@ -138,6 +138,10 @@ def _run_missing(missing: Sequence[Cell], out: Path, workers: int, console: Cons
     except BrokenProcessPool as error:
         reason = "a worker process died, perhaps for lack of memory"
         raise EngineError(f"{reason}: run again with fewer --workers") from error
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # in the middle of a cell: the next run begins it anew
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
