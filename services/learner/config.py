@@ -164,6 +164,9 @@ class PublishSection(Section):
     """Versions whose deltas stay on disk; older receivers get a keyframe."""
     workers: int = Field(default=2, ge=1)
     """Threads that encode."""
+    diff_on_device: bool = True
+    """Where the policy is on CUDA, compare versions there, so that only what changed crosses the bus; takes 2 bytes of
+    the device's memory per parameter, 4 while a version is encoded."""
     max_mbit_s: float = Field(default=0.0, ge=0)
     """Rate limit of weight bytes for each sampler, in Mbit/s; 0 is off."""
     sign: bool = True

@@ -18,6 +18,7 @@ from services.runtime.failpoints import hit
 from services.runtime.log import get_logger
 from services.wire.convert import encode_manifest
 from services.wire.delta import UpdateInfo, Weights, iter_encode, root_of
+from services.wire.delta.codec import Comparison
 from services.wire.delta.part import parse_part
 from services.wire.delta.update import merge_infos
 from services.wire.signing import ManifestSigner
@@ -88,14 +89,15 @@ class Publisher:
             raise HeteroRLError("no version is published yet")
         return self._latest
 
-    async def publish(self, version: int, weights: Weights) -> Published:
-        """*Consumes* fresh bits of the new weights; *waits for* encoding and the disk, in threads; *produces* the
-        version, durable and announced; *on cancel* the version may or may not exist on disk, and is not announced.
+    async def publish(self, version: int, weights: Weights, comparison: Comparison | None = None) -> Published:
+        """*Consumes* fresh bits of the new weights, and where it is known how they compare with the version before;
+        *waits for* encoding and the disk, in threads; *produces* the version, durable and announced; *on cancel* the
+        version may or may not exist on disk, and is not announced.
 
         Raises StorageError, or InvalidWeightsError where the weights are of another model than the version before.
         """
         started = time.perf_counter()
-        row, published = await asyncio.to_thread(self._make, version, weights)
+        row, published = await asyncio.to_thread(self._make, version, weights, comparison)
         base = version if row.update is not None or self._latest is None else self._latest.base_number
         self._latest = Snapshot(version=row, weights=weights, base_number=base)
         async with self._announced:
@@ -136,13 +138,13 @@ class Publisher:
                 await self._announced.wait()
             return self._latest.version.manifest
 
-    def _make(self, number: int, weights: Weights) -> tuple[Version, Manifest]:
+    def _make(self, number: int, weights: Weights, comparison: Comparison | None) -> tuple[Version, Manifest]:
         """Encodes, stores, writes the row. Blocks."""
         base = self._latest
         hit("publish.before_objects")
         infos: list[UpdateInfo] = []
         refs: list[ObjectRef] = []
-        for part in self._encode(base, number, weights):
+        for part in self._encode(base, number, weights, comparison):
             infos.append(parse_part(part).info)
             refs.append(self._store.put(part))
         info = merge_infos(infos)
@@ -161,7 +163,9 @@ class Publisher:
         hit("publish.after_manifest")
         return row, manifest
 
-    def _encode(self, base: Snapshot | None, number: int, weights: Weights) -> Iterator[bytes]:
+    def _encode(
+        self, base: Snapshot | None, number: int, weights: Weights, comparison: Comparison | None
+    ) -> Iterator[bytes]:
         if base is None:
             return iter_encode(
                 None,
@@ -179,6 +183,7 @@ class Publisher:
             base_root=base.version.root,
             codec=self._settings.codec,
             workers=self._settings.workers,
+            comparison=comparison if comparison is not None and comparison.base is base.weights else None,
         )
 
     def _adopt(self, number: int, weights: Weights, root: str) -> Version:

@@ -10,7 +10,7 @@ the next batch is awaited and computed. At most one version is on its way out.
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 
 from services.learner.checkpoint import Checkpoints, Position
@@ -23,12 +23,14 @@ from services.learner.publisher import Published, Publisher
 from services.learner.records import Record, Records
 from services.learner.run_control import RunControl, unless_set
 from services.learner.run_state import Activity, EvalPoint, RunState
+from services.learner.snapshots import Snapshots
 from services.learner.traffic import Traffic
 from services.learner.trainer import Trainer
 from services.runtime.errors import HeteroRLError
 from services.runtime.failpoints import hit
 from services.runtime.log import get_logger
 from services.wire.delta import Weights
+from services.wire.delta.codec import Comparison
 from services.wire.types import Prompt
 
 NONFINITE = "NONFINITE"
@@ -65,6 +67,8 @@ class RunLoop:
         self._p = parts
         self._saved_step = parts.state.step if parts.checkpoints.steps() else -1
         self._nonfinite = 0
+        on_device = parts.config.publish.diff_on_device and parts.policy.device.type == "cuda"
+        self._snapshots = Snapshots(parts.policy, on_device=on_device)
         self._evaluating: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
         """At most one version is on its way out, while the next step computes."""
@@ -113,9 +117,9 @@ class RunLoop:
         hit("step.after_mark_trained")
         p.state.step = step
         p.state.mismatch.update(result.mismatch)
-        weights = await asyncio.to_thread(p.policy.wire_weights)
+        weights, comparison = await asyncio.to_thread(self._snapshots.take)
         p.trainer.published(step, weights)
-        next_batch = await self._publish_and_take(step, weights, result.metrics)
+        next_batch = await self._publish_and_take(self._publish(step, weights, comparison, result.metrics))
         if self._due(p.config.checkpoint.every_steps):
             await self.checkpoint()
         if self._due(p.config.eval.every_steps) and not self.finished:
@@ -123,10 +127,10 @@ class RunLoop:
             self._evaluate_beside()
         return next_batch
 
-    async def _publish_and_take(self, step: int, weights: Weights, metrics: dict[str, float]) -> TakenBatch | None:
+    async def _publish_and_take(self, work: Coroutine[None, None, None]) -> TakenBatch | None:
         """The next batch is for a step from `step`, so its staleness is exact although that version is not out yet."""
         self._p.state.switch(Activity.PUBLISH)
-        publishing = self._publishing = asyncio.create_task(self._publish(step, weights, metrics))
+        publishing = self._publishing = asyncio.create_task(work)
         if self._p.config.staleness.max_staleness == 0:
             await self._published()
             return await self._take()
@@ -145,9 +149,11 @@ class RunLoop:
         if publishing is not None:
             await publishing
 
-    async def _publish(self, step: int, weights: Weights, metrics: dict[str, float]) -> None:
+    async def _publish(
+        self, step: int, weights: Weights, comparison: Comparison | None, metrics: dict[str, float]
+    ) -> None:
         p = self._p
-        published = await p.publisher.publish(step, weights)
+        published = await p.publisher.publish(step, weights, comparison)
         await p.plane.advance(step, published.root)
         if published.update_bytes:
             p.state.ratios.append(published.delta_ratio)

@@ -49,7 +49,7 @@ PROFILES = (
     {"rate-mbit": 100, "rtt-ms": 100, "loss": 0.0, "mtu": 1500, "congestion": "bbr", "mbytes": 32},
     {"rate-mbit": 1000, "rtt-ms": 100, "loss": 0.0, "mtu": 9000, "congestion": "bbr", "mbytes": 192},
     {"rate-mbit": 100, "rtt-ms": 100, "loss": 0.001, "mtu": 1500, "congestion": "bbr", "mbytes": 32},
-    {"rate-mbit": 100, "rtt-ms": 100, "loss": 0.001, "mtu": 1500, "congestion": "cubic", "mbytes": 16},
+    {"rate-mbit": 100, "rtt-ms": 100, "loss": 0.001, "mtu": 1500, "congestion": "reno", "mbytes": 8},
 )
 NGINX = """daemon off; pid {folder}/nginx.pid; error_log {folder}/nginx.log;
 events {{}}
@@ -307,12 +307,15 @@ def main() -> None:
         folder, facts, turns = arguments.link_use
         print(json.dumps(asyncio.run(link_use(Path(folder), json.loads(facts), int(turns)))), flush=True)
     else:
+        rows: list[dict[str, object]] = []
         results: dict[str, object] = {
             "machine": {"cpus": os.cpu_count(), "load_1m": os.getloadavg()[0]},
             "against": measure_against(PROFILES[0], arguments.traces) if arguments.traces else None,
-            "link_use": [measure_link_use(PROFILES[number], arguments.turns) for number in arguments.profiles],
+            "link_use": rows,
         }
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        for number in arguments.profiles:
+            rows.append(measure_link_use(PROFILES[number], arguments.turns))
+            arguments.out.write_text(json.dumps(results, indent=2) + "\n")
         print(json.dumps(results, indent=2))
 
 

@@ -5,14 +5,21 @@ payload = u8 encoding, then the encoding's streams.  A chunk without changes has
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 
 from services.runtime.errors import InvalidWeightsError
 from services.wire.delta.density import SPLIT_FROM_DENSITY, Encoding, Split, encode_changes, read_encoded
-from services.wire.delta.exponents import EXPONENT_SHIFT, pack_by_exponent, read_by_exponent
+from services.wire.delta.exponents import (
+    EXPONENT_SHIFT,
+    ExponentSource,
+    HostExponents,
+    pack_by_exponent,
+    read_by_exponent,
+)
 from services.wire.delta.layout import Chunk, gather, views_of
-from services.wire.delta.sparse import Changes, add_to, scan
+from services.wire.delta.sparse import Changes, add_to, concatenated, scan
 from services.wire.delta.streams import StreamReader, pack_planes, read_planes
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, Weights
 
@@ -41,9 +48,45 @@ def encode_values(values: Bits) -> bytes:
     return bytes((Encoding.WHOLE,)) + pack_planes(values)
 
 
-def encode_change(base: Weights, new: Weights, chunk: Chunk, codec: Codec) -> tuple[bytes, int]:
+class Comparison(Protocol):
+    """Two versions of a policy, wherever they lie: what an encoder asks of them, chunk by chunk, from any thread."""
+
+    @property
+    def base(self) -> Weights:
+        """The older one, on the host."""
+        ...
+
+    def changes(self, chunk: Chunk) -> Changes: ...
+
+    def exponents(self, chunk: Chunk) -> ExponentSource:
+        """Of the base; only for the types of EXPONENT_SHIFT."""
+        ...
+
+    def values(self, chunk: Chunk) -> Bits:
+        """The new elements."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HostComparison:
+    """Both versions in this process's memory."""
+
+    base: Weights
+    new: Weights
+
+    def changes(self, chunk: Chunk) -> Changes:
+        return _scan_chunk(self.base, self.new, chunk)
+
+    def exponents(self, chunk: Chunk) -> ExponentSource:
+        return HostExponents(base=gather(self.base, chunk), shift=EXPONENT_SHIFT[chunk.dtype])
+
+    def values(self, chunk: Chunk) -> Bits:
+        return gather(self.new, chunk)
+
+
+def encode_change(comparison: Comparison, chunk: Chunk, codec: Codec) -> tuple[bytes, int]:
     """The payload that turns the base's chunk into the new one, and the number of changes: nothing and 0 if none."""
-    changes = _scan_chunk(base, new, chunk)
+    changes = comparison.changes(chunk)
     changed = changes.positions.size
     if changed == 0:
         return b"", 0
@@ -51,11 +94,11 @@ def encode_change(base: Weights, new: Weights, chunk: Chunk, codec: Codec) -> tu
     candidates: list[bytes] = []
     conditioned = codec is Codec.XC and chunk.dtype in EXPONENT_SHIFT
     if conditioned:
-        candidates.append(bytes((Encoding.XC,)) + pack_by_exponent(gather(base, chunk), changes, chunk.dtype))
+        candidates.append(bytes((Encoding.XC,)) + pack_by_exponent(comparison.exponents(chunk), changes))
     if not conditioned or density >= SPLIT_FROM_DENSITY:
         candidates.append(encode_changes(changes))
     if density >= WHOLE_FROM_DENSITY:
-        candidates.append(encode_whole(new, chunk))
+        candidates.append(encode_values(comparison.values(chunk)))
     return min(candidates, key=len), changed
 
 
@@ -112,9 +155,4 @@ def _scan_chunk(base: Weights, new: Weights, chunk: Chunk) -> Changes:
     for before, after in zip(views_of(base, chunk), views_of(new, chunk), strict=True):
         pieces.append(scan(before, after, offset))
         offset += before.size
-    if len(pieces) == 1:
-        return pieces[0]
-    positions = np.concatenate([piece.positions for piece in pieces])
-    return Changes(
-        count=offset, positions=positions, differences=np.concatenate([piece.differences for piece in pieces])
-    )
+    return concatenated(pieces, offset)

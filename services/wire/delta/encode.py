@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from services.runtime.errors import InvalidWeightsError
-from services.wire.delta.codec import Codec, encode_change, encode_whole
+from services.wire.delta.codec import Codec, Comparison, HostComparison, encode_change, encode_whole
 from services.wire.delta.layout import Chunk, PartLayout, plan_parts
 from services.wire.delta.part import build_part, parse_part
 from services.wire.delta.tensors import Weights, digests_of, forms_of, root_of, root_of_digests
@@ -76,8 +76,9 @@ def iter_encode(
     codec: Codec | str = Codec.SX,
     workers: int = 1,
     digests: Mapping[str, bytes] | None = None,
+    comparison: Comparison | None = None,
 ) -> Iterator[bytes]:
-    """The parts in order; a keyframe where `base` is None.
+    """The parts in order; a keyframe where `base` is None. `comparison` of these two, where they lie on a device too.
 
     Memory: the payloads of the part being built and at most 2 chunks per worker ahead of it, whatever the model.
     """
@@ -100,7 +101,9 @@ def iter_encode(
         changed=0,
         parameters=0,
     )
-    return _build_parts(template, base, new, layouts, digests, workers)
+    if base is not None and comparison is None:
+        comparison = HostComparison(base=base, new=new)
+    return _build_parts(template, comparison, new, layouts, digests, workers)
 
 
 def part_info(template: UpdateInfo, layout: PartLayout, changed: int) -> UpdateInfo:
@@ -132,7 +135,7 @@ def collect(parts: Iterator[bytes]) -> EncodedUpdate:
 
 def _build_parts(
     template: UpdateInfo,
-    base: Weights | None,
+    comparison: Comparison | None,
     new: Weights,
     layouts: list[PartLayout],
     digests: Mapping[str, bytes],
@@ -143,7 +146,7 @@ def _build_parts(
         next_shard = 0
         for shard, layout in enumerate(layouts):
             while next_shard < len(layouts) and (not ahead or _waiting(ahead) < 2 * workers):
-                ahead.append((next_shard, _submit(pool, template.codec, base, new, layouts[next_shard])))
+                ahead.append((next_shard, _submit(pool, template.codec, comparison, new, layouts[next_shard])))
                 next_shard += 1
             _, futures = ahead.popleft()
             results = [future.result() for future in futures]
@@ -153,11 +156,11 @@ def _build_parts(
 
 
 def _submit(
-    pool: ThreadPoolExecutor, codec: Codec, base: Weights | None, new: Weights, layout: PartLayout
+    pool: ThreadPoolExecutor, codec: Codec, comparison: Comparison | None, new: Weights, layout: PartLayout
 ) -> list[Future[Payload]]:
-    if base is None:
+    if comparison is None:
         return [pool.submit(_encode_whole, new, chunk) for chunk in layout.chunks]
-    return [pool.submit(encode_change, base, new, chunk, codec) for chunk in layout.chunks]
+    return [pool.submit(encode_change, comparison, chunk, codec) for chunk in layout.chunks]
 
 
 def _encode_whole(new: Weights, chunk: Chunk) -> Payload:

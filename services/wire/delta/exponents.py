@@ -12,6 +12,7 @@ and each group is coded by itself, so that zstd sees bytes of one distribution. 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -71,25 +72,53 @@ def group_elements(base: Bits, shift: int, limits: Sequence[int]) -> Grouping:
     return Grouping(hot=hot, groups=[hot[groups == number] for number in range(len(limits))])
 
 
-def pack_by_exponent(base: Bits, changes: Changes, dtype: str) -> bytes:
+class ExponentSource(Protocol):
+    """What the encoder asks of a base chunk, wherever the base lies."""
+
+    def sampled(self) -> Exponents:
+        """Exponents of every SAMPLE_STRIDE-th element."""
+        ...
+
+    def at(self, positions: Positions) -> Exponents: ...
+
+    def ranked(self, limits: Sequence[int], changes: Changes, changed_exponents: Exponents) -> list[Changes]:
+        """The changes of each group and then of the rest, by rank among the group's elements."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HostExponents:
+    """Of a base chunk in this process's memory."""
+
+    base: Bits
+    shift: int
+
+    def sampled(self) -> Exponents:
+        return exponents_of(self.base[::SAMPLE_STRIDE], self.shift)
+
+    def at(self, positions: Positions) -> Exponents:
+        return exponents_of(self.base[positions], self.shift)
+
+    def ranked(self, limits: Sequence[int], changes: Changes, changed_exponents: Exponents) -> list[Changes]:
+        grouping = group_elements(self.base, self.shift, limits)
+        groups: list[Changes] = []
+        for members, low, high in zip(grouping.groups, [0, *limits], limits, strict=False):
+            mine = (changed_exponents >= low) & (changed_exponents < high)
+            ranks = np.searchsorted(members, changes.positions[mine])
+            groups.append(Changes(count=members.size, positions=ranks, differences=changes.differences[mine]))
+        cold = changed_exponents >= (limits[-1] if limits else 0)
+        positions = changes.positions[cold]
+        ranks = positions - np.searchsorted(grouping.hot, positions)
+        count = self.base.size - grouping.hot.size
+        return [*groups, Changes(count=count, positions=ranks, differences=changes.differences[cold])]
+
+
+def pack_by_exponent(source: ExponentSource, changes: Changes) -> bytes:
     """The XC payload."""
-    shift = EXPONENT_SHIFT[dtype]
-    changed_exponents = exponents_of(base[changes.positions], shift)
-    limits = choose_limits(base, changed_exponents, shift)
-    grouping = group_elements(base, shift, limits)
-    packed = [bytes((len(limits), *limits))]
-    for members, low, high in zip(grouping.groups, [0, *limits], limits, strict=False):
-        mine = (changed_exponents >= low) & (changed_exponents < high)
-        ranks = np.searchsorted(members, changes.positions[mine])
-        packed.append(
-            encode_changes(Changes(count=members.size, positions=ranks, differences=changes.differences[mine]))
-        )
-    cold = changed_exponents >= (limits[-1] if limits else 0)
-    positions = changes.positions[cold]
-    ranks = positions - np.searchsorted(grouping.hot, positions)
-    count = base.size - grouping.hot.size
-    packed.append(encode_changes(Changes(count=count, positions=ranks, differences=changes.differences[cold])))
-    return b"".join(packed)
+    changed_exponents = source.at(changes.positions)
+    limits = choose_limits(source.sampled(), changed_exponents, changes.count)
+    groups = source.ranked(limits, changes, changed_exponents)
+    return bytes((len(limits), *limits)) + b"".join(encode_changes(group) for group in groups)
 
 
 def read_by_exponent(reader: StreamReader, base: Bits, dtype: str) -> Changes:
@@ -120,9 +149,9 @@ def read_by_exponent(reader: StreamReader, base: Bits, dtype: str) -> Changes:
     return Changes(count=base.size, positions=found[order], differences=np.concatenate(differences)[order])
 
 
-def choose_limits(base: Bits, changed_exponents: Exponents, shift: int) -> list[int]:
+def choose_limits(sampled: Exponents, changed_exponents: Exponents, count: int) -> list[int]:
     """Group limits by estimated size: from how often each exponent occurs (a sample) and how often it changed."""
-    present = np.bincount(exponents_of(base[::SAMPLE_STRIDE], shift), minlength=EXPONENTS) * float(SAMPLE_STRIDE)
+    present = np.bincount(sampled, minlength=EXPONENTS) * float(SAMPLE_STRIDE)
     changed = np.bincount(changed_exponents, minlength=EXPONENTS).astype(np.float64)
     present = np.maximum(present, changed)
     best: list[int] = []
@@ -142,7 +171,7 @@ def choose_limits(base: Bits, changed_exponents: Exponents, shift: int) -> list[
         rest_present -= present[exponent]
         rest_changed -= changed[exponent]
         cost = hot_cost + _bits(group_present, group_changed) + GROUP_COST_BITS + _bits(rest_present, rest_changed)
-        cost += HOT_COST_BITS * (base.size - rest_present)
+        cost += HOT_COST_BITS * (count - rest_present)
         if cost < best_cost and exponent + 1 < EXPONENTS:
             best_cost, best = cost, [*limits, exponent + 1]
     return best

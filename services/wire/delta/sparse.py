@@ -8,6 +8,7 @@
 Differences are taken modulo 2^bits, so that they add: consecutive deltas fold without the weights (`fold.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,15 @@ def scan(base: Bits, new: Bits, offset: int = 0) -> Changes:
     if not positions:
         return Changes(count=0, positions=np.zeros(0, np.int64), differences=base[:0])
     return Changes(count=base.size, positions=np.concatenate(positions), differences=np.concatenate(differences))
+
+
+def concatenated(pieces: Sequence[Changes], count: int) -> Changes:
+    """One after another: changes of `count` elements, whose positions are counted from the first piece on."""
+    if len(pieces) == 1:
+        return pieces[0]
+    positions = np.concatenate([piece.positions for piece in pieces])
+    differences = np.concatenate([piece.differences for piece in pieces])
+    return Changes(count=count, positions=positions, differences=differences)
 
 
 def add_to(target: Bits, source: Bits, positions: Positions, differences: Bits) -> None:

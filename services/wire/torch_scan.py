@@ -1,0 +1,130 @@
+"""The encoder's questions, answered by torch where the weights lie: from a GPU only what changed comes over.
+
+    masters ─► bf16 bits on the device ─┬─ compare, compact ─► positions, differences ─► host: base + differences = new
+               base bits on the device ─┘  exponents, ranks ─► per group, for xc
+
+The same code runs on any device, and gives the same bytes as the host's path bit for bit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from services.wire.delta.exponents import EXPONENT_SHIFT, SAMPLE_STRIDE, Exponents
+from services.wire.delta.layout import Chunk, gather
+from services.wire.delta.sparse import Changes, Positions, add_to, concatenated
+from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Weights
+from services.wire.torch_bits import CARRIER, DTYPES
+
+SCAN_ELEMENTS = 64 << 20
+"""Elements compared at once: bounds the device's scratch memory to about 1.2 GB."""
+
+_F16_SHIFT = EXPONENT_SHIFT["F16"]
+DeviceBits = dict[str, torch.Tensor]
+"""Flat signed integers of the item's size, by canonical name."""
+
+
+def device_bits(tensors: Mapping[str, torch.Tensor], names: Sequence[str], dtype: torch.dtype) -> DeviceBits:
+    """The bits of `names` as to_bits casts them, in fresh memory on their own device."""
+    found: DeviceBits = {}
+    for name in names:
+        tensor = tensors[name].detach()
+        target = dtype if tensor.is_floating_point() else tensor.dtype
+        cast = tensor.to(dtype=target, copy=True, memory_format=torch.contiguous_format)
+        found[name] = cast.reshape(-1).view(CARRIER[ITEM_BYTES[DTYPES[target]]])
+    return found
+
+
+def scan_on_device(base: torch.Tensor, new: torch.Tensor) -> Changes:
+    """What changed between two flat tensors of bits, compacted on their device."""
+    pieces: list[Changes] = []
+    for start in range(0, base.numel(), SCAN_ELEMENTS):
+        before, after = base[start : start + SCAN_ELEMENTS], new[start : start + SCAN_ELEMENTS]
+        found = torch.nonzero(after != before).reshape(-1)
+        differences = _to_host(after[found] - before[found])
+        pieces.append(Changes(count=before.numel(), positions=_positions(found) + start, differences=differences))
+    if not pieces:
+        return Changes(count=0, positions=np.zeros(0, np.int64), differences=_to_host(base[:0]))
+    return concatenated(pieces, base.numel())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeviceComparison:
+    """Two versions on a device, and the newer one on the host too. `found` is what `compare` found, by tensor."""
+
+    base: Weights
+    new: Weights
+    base_bits: DeviceBits
+    found: Mapping[str, Changes]
+
+    def changes(self, chunk: Chunk) -> Changes:
+        pieces: list[Changes] = []
+        offset = 0
+        for part in chunk.segments:
+            whole = self.found[part.name]
+            first, last = np.searchsorted(whole.positions, (part.start, part.start + part.count))
+            positions = whole.positions[first:last] + (offset - part.start)
+            pieces.append(Changes(count=part.count, positions=positions, differences=whole.differences[first:last]))
+            offset += part.count
+        return concatenated(pieces, offset)
+
+    def exponents(self, chunk: Chunk) -> "DeviceExponents":
+        parts = [self.base_bits[part.name][part.start : part.start + part.count] for part in chunk.segments]
+        return DeviceExponents.of(torch.cat(parts) if len(parts) > 1 else parts[0], EXPONENT_SHIFT[chunk.dtype])
+
+    def values(self, chunk: Chunk) -> Bits:
+        return gather(self.new, chunk)
+
+
+def compare(base: Weights, base_bits: DeviceBits, new_bits: DeviceBits) -> DeviceComparison:
+    """`new` on the host is the base with what changed: the rest of it does not cross the bus."""
+    found = {name: scan_on_device(base_bits[name], new_bits[name]) for name in base}
+    new: dict[str, BitTensor] = {}
+    for name, tensor in base.items():
+        bits = np.empty_like(tensor.bits)
+        add_to(bits, tensor.bits, found[name].positions, found[name].differences)
+        new[name] = BitTensor(dtype=tensor.dtype, shape=tensor.shape, bits=bits)
+    return DeviceComparison(base=base, new=new, base_bits=base_bits, found=found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeviceExponents:
+    """Exponents of a base chunk, on the device."""
+
+    fields: torch.Tensor
+    """u8, one per element."""
+
+    @staticmethod
+    def of(bits: torch.Tensor, shift: int) -> "DeviceExponents":
+        mask = 0x1F if shift == _F16_SHIFT else 0xFF
+        return DeviceExponents(fields=((bits >> shift) & mask).to(torch.uint8))
+
+    def sampled(self) -> Exponents:
+        return self.fields[::SAMPLE_STRIDE].cpu().numpy()
+
+    def at(self, positions: Positions) -> Exponents:
+        return self.fields[self._indices(positions)].cpu().numpy()
+
+    def ranked(self, limits: Sequence[int], changes: Changes, changed_exponents: Exponents) -> list[Changes]:
+        groups: list[Changes] = []
+        for low, high in zip([0, *limits], [*limits, 256], strict=True):
+            mine = (changed_exponents >= low) & (changed_exponents < high)
+            members = (self.fields >= low) if high == 256 else (self.fields >= low) & (self.fields < high)
+            counted = torch.cumsum(members, 0, dtype=torch.int32)
+            ranks = counted[self._indices(changes.positions[mine])].to(torch.int64) - 1
+            count = int(counted[-1])
+            groups.append(Changes(count=count, positions=_positions(ranks), differences=changes.differences[mine]))
+        return groups
+
+    def _indices(self, positions: Positions) -> torch.Tensor:
+        return torch.from_numpy(positions).to(self.fields.device)
+
+
+def _positions(found: torch.Tensor) -> Positions:
+    return found.cpu().numpy()
+
+
+def _to_host(bits: torch.Tensor) -> Bits:
+    return bits.cpu().numpy().view(BITS_TYPE[bits.element_size()])
