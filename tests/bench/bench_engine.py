@@ -4,7 +4,8 @@
 
 Runs in the vLLM environment (make setup-vllm). Bare vLLM lives in a process of its own and the two take turns, so that
 what else runs on the machine meets both. `wall` is by the clock; `cpu` is tokens per CPU second of the process that
-vLLM runs in, which other work disturbs less.
+vLLM runs in, which other work disturbs less. Bare vLLM generates once as `LLM.generate` does by itself (`bare`) and
+once with seeds (`bare_seeded`), as the engine must so that a lost group can be made again.
 """
 
 import argparse
@@ -69,10 +70,14 @@ def bare(model_dir: str) -> None:
     arguments = engine_arguments(section("between_groups"), "cpu")
     llm = LLM(model=model_dir, **arguments)
     params = SamplingParams(n=GROUP, temperature=1.0, max_tokens=TOKENS, logprobs=0, detokenize=False)
+    seeded = params.clone()
+    seeded.seed = 0
     print("{}", file=answers, flush=True)
-    for _ in sys.stdin:
+    for asked in sys.stdin:
+        chosen = seeded if asked.strip() == "bare_seeded" else params
+        seeded.seed += 1000
         started, cpu = time.perf_counter(), time.process_time()
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], params, use_tqdm=False)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts()], chosen, use_tqdm=False)
         tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
         spent = {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu, "tokens": tokens}
         print(json.dumps(spent), file=answers, flush=True)
@@ -91,8 +96,12 @@ async def measure(engine: VllmEngine, round_: int) -> dict[str, float]:
 
 def speed(rounds: list[dict[str, float]], clock: str) -> dict[str, float]:
     """Tokens per second: of the median and of the best round."""
-    rates = [spent["tokens"] / spent[clock] for spent in rounds]
+    rates = [_rate(spent, clock) for spent in rounds]
     return {"median": statistics.median(rates), "best": max(rates)}
+
+
+def _rate(spent: dict[str, float], clock: str) -> float:
+    return spent["tokens"] / spent[clock]
 
 
 async def compare(model_dir: Path, weights: Policy, folder: Path, rounds: int) -> dict[str, object]:
@@ -105,21 +114,27 @@ async def compare(model_dir: Path, weights: Policy, folder: Path, rounds: int) -
     await other.stdout.readline()
     engine = VllmEngine(section("between_groups"), folder)
     await engine.start(model_dir, weights, 0, root_of(weights))
-    theirs: list[dict[str, float]] = []
-    ours: list[dict[str, float]] = []
+    spent: dict[str, list[dict[str, float]]] = {"bare": [], "bare_seeded": [], "engine": []}
     for round_ in range(rounds + 1):
-        other.stdin.write(b"go\n")
-        theirs.append(json.loads(await other.stdout.readline()))
-        ours.append(await measure(engine, round_))
-        print(f"round {round_}: bare {theirs[-1]}, engine {ours[-1]}", file=sys.stderr, flush=True)
+        for how in ("bare", "bare_seeded"):
+            other.stdin.write(f"{how}\n".encode())
+            spent[how].append(json.loads(await other.stdout.readline()))
+        spent["engine"].append(await measure(engine, round_))
+        print(f"round {round_}: { {how: done[-1] for how, done in spent.items()} }", file=sys.stderr, flush=True)
     await engine.close()
     other.stdin.close()
     await other.wait()
     result: dict[str, object] = {"completions": PROMPTS * GROUP, "tokens": TOKENS, "rounds": rounds}
     for clock in ("wall_s", "cpu_s"):
-        pair = {"bare": speed(theirs[1:], clock), "engine": speed(ours[1:], clock)}
-        shares = [a["tokens"] / a[clock] / (b["tokens"] / b[clock]) for a, b in zip(ours[1:], theirs[1:], strict=True)]
-        result[clock.removesuffix("_s")] = {**pair, "median_share_of_a_round": statistics.median(shares)}
+        rates = {how: speed(done[1:], clock) for how, done in spent.items()}
+        shares = {
+            f"median_share_of_{how}": statistics.median(
+                _rate(ours, clock) / _rate(theirs, clock)
+                for ours, theirs in zip(spent["engine"][1:], spent[how][1:], strict=True)
+            )
+            for how in ("bare", "bare_seeded")
+        }
+        result[clock.removesuffix("_s")] = {**rates, **shares}
     return result
 
 
@@ -209,11 +224,13 @@ async def run(arguments: argparse.Namespace) -> dict[str, object]:
             random_policy(folder / size, TEXT, 320, shape=SHAPES[size])
             weights = read_weights(folder / size)
             cases = [("between_groups", ""), ("in_flight", ""), ("in_flight", "layers.0.self_attn")]
+            if arguments.only == "generation":
+                cases = []
             for swap, names in cases if size == "1m" else cases[1:2]:
                 count = arguments.swaps if size == "1m" else max(3, arguments.swaps // 4)
                 done = await swaps(folder / size, weights, folder, swap=swap, names=names, count=count)
                 result["swaps"] += [{"policy": size, **done}]
-            if size == "1m":
+            if size == "1m" and arguments.only != "swaps":
                 result["generation"] = await compare(folder / size, weights, folder, arguments.rounds)
     result["engine"] = {"vllm": VllmEngine(section("in_flight"), Path()).info.version}
     return result
@@ -225,6 +242,7 @@ def main() -> None:
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--swaps", type=int, default=20)
+    parser.add_argument("--only", choices=("swaps", "generation"), help="one of the two parts")
     parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     arguments = parser.parse_args()
     if arguments.bare:
