@@ -92,6 +92,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     if arguments.groups < 1:
         raise UsageError("--groups must be 1 or more")
     losses = [(one.label, one.settings) for one in map(parse_contender, _words(arguments.losses))]
+    if any(settings.wants_reference for _, settings in losses):
+        raise UsageError('replay holds no reference model: leave kl_target = "reference" out of --losses')
     buckets = read_buckets(arguments.run / JOURNAL_FILE, arguments.groups)
     policy = arguments.policy or arguments.run / "policy"
     found = list(replay(buckets, policy, losses, device=arguments.device))

@@ -4,8 +4,9 @@ base policy ─► version 0 ─► [ samplers ─► buffer.take ─► decode 
 """
 
 import asyncio
+import copy
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -166,8 +167,9 @@ async def _run(cell: Cell, bases: Path | None) -> CellResult:
     loop, notes = asyncio.get_running_loop(), _Notes()
     model = base_policy(cell, bases)
     model.to(device)  # pyright: ignore[reportArgumentType] - its own self
+    policy = Policy(model=model, files={}, device=device, vocab_size=VOCAB_SIZE)
     trainer = Trainer(
-        Policy(model=model, files={}, device=device, vocab_size=VOCAB_SIZE),
+        policy,
         TrainerSettings(
             optimizer=cell.optimizer,
             loss=cell.loss,
@@ -175,6 +177,7 @@ async def _run(cell: Cell, bases: Path | None) -> CellResult:
             micro_batch_tokens=arena.micro_batch_tokens,
             autocast=False,
         ),
+        reference=replace(policy, model=copy.deepcopy(model)) if cell.loss.wants_reference else None,
     )
     buffer = GroupBuffer(max_staleness=cell.max_staleness, max_age_s=0.0, clock=loop.time, on_drop=notes.count_drops)
     rules = PacingRules(groups_per_step=arena.prompts_per_step, max_staleness=cell.max_staleness, ahead=arena.ahead)

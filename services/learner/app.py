@@ -107,6 +107,8 @@ async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, stat
     """Loads, opens and restores everything; when it returns, a version is published and leases may be granted."""
     state_dir = config.run.state_dir
     policy = await asyncio.to_thread(load_policy, config.policy)
+    # From the model directory again: a run that goes on from a checkpoint keeps the reference it began with.
+    reference = await asyncio.to_thread(load_policy, config.policy) if config.loss.wants_reference else None
     checkpoints = Checkpoints(state_dir / "checkpoints", config.checkpoint.keep)
     if checkpoints.steps() and not config.run.resume:
         raise ConfigError(f"{state_dir} holds checkpoints and run.resume is false: set another run.state_dir")
@@ -128,7 +130,7 @@ async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, stat
     parts = LoopParts(
         config=config,
         policy=policy,
-        trainer=Trainer(policy, _trainer_settings(config)),
+        trainer=Trainer(policy, _trainer_settings(config), reference),
         plane=plane,
         publisher=publisher,
         planner=Planner(

@@ -33,10 +33,6 @@ def preflight(config: LearnerConfig) -> Inputs:
     (data sets, model directory), ConfigError (settings that contradict each other).
     """
     address = parse_listen(config.listen.address)
-    if config.loss.kl_beta > 0 and config.loss.kl_target == "reference":
-        raise ConfigError(
-            'loss.kl_target = "reference" needs a reference model, which this release cannot load: use "sampler"'
-        )
     credentials = None
     if config.listen.insecure:
         require_loopback(address)

@@ -26,6 +26,7 @@ from services.learner.losses.settings import LossSettings
 from services.learner.mismatch import Mismatch, RowGaps, by_sampler, row_gaps
 from services.learner.policy import Policy
 from services.learner.recompute import Recomputer
+from services.learner.reference import Reference
 from services.runtime.log import get_logger
 from services.wire.delta import Weights
 
@@ -57,9 +58,10 @@ class TrainerSettings:
 
 
 class Trainer:
-    """Owns the optimizer. Not safe for two steps at once."""
+    """Owns the optimizer. Not safe for two steps at once. `reference` is needed where the loss has
+    kl_target = "reference": another model with the weights that the run began with."""
 
-    def __init__(self, policy: Policy, settings: TrainerSettings) -> None:
+    def __init__(self, policy: Policy, settings: TrainerSettings, reference: Policy | None = None) -> None:
         self._policy = policy
         self._settings = settings
         self._forward = Forward(policy, settings.temperature, settings.autocast)
@@ -70,6 +72,14 @@ class Trainer:
         )
         self.steps_taken = 0
         """Applied steps: what warm-up counts."""
+        self._reference = None
+        if reference is not None:
+            self._reference = Reference(
+                reference,
+                temperature=settings.temperature,
+                autocast=settings.autocast,
+                micro_batch_tokens=settings.micro_batch_tokens,
+            )
         self._recomputer = None
         if settings.recompute_versions:
             self._recomputer = Recomputer(
@@ -93,6 +103,8 @@ class Trainer:
         recomputed: dict[str, float] = {}
         if self._recomputer is not None:
             batch, recomputed["recomputed_share"] = self._recomputer.recomputed(groups, batch)
+        if self._reference is not None:
+            batch = self._reference.filled(batch)
         device = self._policy.device
         prepared = prepare(batch.loss_inputs, self._settings.loss).to(device)
         self.optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ from services.learner.losses.aggregate import token_coefficients
 from services.learner.losses.batch import Batch, check
 from services.learner.losses.groups import Groups, log_expected_q, log_mean_q
 from services.learner.losses.prepared import Exclusion, Prepared, sequence_logprob
-from services.learner.losses.settings import KlTarget, LossSettings, ZeroVariance
+from services.learner.losses.settings import LossSettings, ZeroVariance
 from services.learner.losses.table import dials_of
 
 POSITIVE_TOLERANCE = 1e-4
@@ -25,8 +25,8 @@ def prepare(batch: Batch, settings: LossSettings) -> Prepared:
     check(batch)
     dials = dials_of(settings)
     groups = Groups.of(batch.group_B)
-    reference_BT = batch.reference_logprobs_BT if _wants_reference(settings) else None
-    if _wants_reference(settings) and reference_BT is None:
+    reference_BT = batch.reference_logprobs_BT if settings.wants_reference else None
+    if settings.wants_reference and reference_BT is None:
         raise ValueError('kl_target = "reference" needs the reference model\'s log-probs')
 
     scored_B = _finite_rewards(batch)
@@ -64,10 +64,6 @@ def prepare(batch: Batch, settings: LossSettings) -> Prepared:
         flat_share_B=torch.where(flat_B, group_share_B, 0.0),
         staleness_B=None if batch.staleness_B is None else batch.staleness_B.double(),
     )
-
-
-def _wants_reference(settings: LossSettings) -> bool:
-    return settings.kl_beta > 0.0 and settings.kl_target is KlTarget.REFERENCE
 
 
 def _finite_rewards(batch: Batch) -> Tensor:

@@ -126,7 +126,13 @@ class LossSettings(Section):
     kl_estimator: KlEstimator = KlEstimator.K2
     """k1, k2 or k3. k3 grows exponentially with staleness and can wreck a run."""
     kl_target: KlTarget = KlTarget.SAMPLER
-    """Policy that the regulariser pulls to: the sampler's (needs no extra model), or a reference model's."""
+    """Policy that the regulariser pulls to: the sampler's (needs no extra model), or reference, a frozen copy of the
+    policy that the run began with (a second model in memory, one more forward pass per row)."""
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether a batch needs the reference model's log-probs."""
+        return self.kl_beta > 0.0 and self.kl_target is KlTarget.REFERENCE
 
     @field_validator("name", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from services.lab.arena import Arena, Cell
 from services.lab.contestants import PolicyName, expected_accuracy, make_drawer, make_model, snapshot
 from services.lab.experiment import CellResult, base_policy, run_cell
 from services.lab.sum_tasks import SumTask, TaskName
-from services.learner.losses.settings import LossName, LossSettings
+from services.learner.losses.settings import KlTarget, LossName, LossSettings
 from services.runtime.errors import ConfigError
 from services.sampler.delays import DelayKind, DelayModel, DelaySection
 
@@ -128,6 +128,15 @@ def test_learning_raises_the_accuracy(bases: Path) -> None:
     assert result.last > result.first + 0.04
     assert result.best >= result.last
     assert [measured.step for measured in result.course][:3] == [0, 4, 8]
+
+
+def test_a_reference_holds_a_cell_back(bases: Path) -> None:
+    def moved(beta: float) -> float:
+        loss = LossSettings(name=LossName.GRPO, kl_beta=beta, kl_target=KlTarget.REFERENCE)
+        one = cell(1).model_copy(update={"loss": loss})
+        return run_cell(one, bases).kl_mean
+
+    assert moved(100.0) < moved(0.0)
 
 
 def test_the_warmed_up_policy_is_kept_and_used_again(tmp_path: Path) -> None:
