@@ -133,10 +133,10 @@ def test_learning_raises_the_accuracy(bases: Path) -> None:
 def test_a_reference_holds_a_cell_back(bases: Path) -> None:
     def moved(beta: float) -> float:
         loss = LossSettings(name=LossName.GRPO, kl_beta=beta, kl_target=KlTarget.REFERENCE)
-        one = cell(1).model_copy(update={"loss": loss})
+        one = cell(12).model_copy(update={"loss": loss})  # samplers keep the first policy, so KL to them is to it
         return run_cell(one, bases).kl_mean
 
-    assert moved(100.0) < moved(0.0)
+    assert moved(3.0) < 0.8 * moved(0.0)
 
 
 def test_the_warmed_up_policy_is_kept_and_used_again(tmp_path: Path) -> None:
