@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from services.runtime.errors import StorageError
+from services.runtime.errors import HeteroRLError, StorageError
 
 LOCK_NAME = ".lock"
 
@@ -18,7 +18,7 @@ def storage_errors(what: str) -> Generator[None]:
     """Turns OSError inside into StorageError: "cannot WHAT: No space left on device: free disk space"."""
     try:
         yield
-    except StorageError:
+    except HeteroRLError:  # some are OSErrors too: a link that broke is no fault of the disk
         raise
     except OSError as error:
         advice = {errno.ENOSPC: ": free disk space", errno.EDQUOT: ": the quota is used up"}.get(error.errno or 0, "")

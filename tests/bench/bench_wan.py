@@ -27,6 +27,7 @@ from pathlib import Path
 
 from heterorl.v1.weights_pb2_grpc import WeightServiceStub
 from services.runtime.address import Address
+from services.runtime.errors import UnavailableError
 from services.sampler.follower import Follower
 from services.sampler.object_cache import ObjectCache
 from services.sampler.tally import Tally
@@ -99,10 +100,21 @@ async def fetch_s(folder: Path, port: int, warm: ObjectRef, refs: Sequence[Objec
             ObjectCache(Path(name) / str(n), sources_of(folder, port, f"s{n}", channels, stack), 1 << 30)
             for n in range(len(refs))
         ]
-        await asyncio.gather(*(cache.fetch(warm, lambda _: None) for cache in caches))
+        await asyncio.gather(*(fetch(cache, warm) for cache in caches))
         began = time.perf_counter()
-        await asyncio.gather(*(cache.fetch(ref, lambda _: None) for cache, ref in zip(caches, refs, strict=True)))
+        await asyncio.gather(*(fetch(cache, ref) for cache, ref in zip(caches, refs, strict=True)))
         return time.perf_counter() - began
+
+
+async def fetch(cache: ObjectCache, ref: ObjectRef) -> None:
+    """Goes on after a break, as a follower does."""
+    while True:
+        try:
+            await cache.fetch(ref, lambda _: None)
+        except UnavailableError as error:
+            print(error, file=sys.stderr, flush=True)
+        else:
+            return
 
 
 async def link_use(folder: Path, facts: dict[str, object], turns: int) -> dict[str, list[float]]:
@@ -292,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--profiles", type=int, nargs="*", default=range(len(PROFILES)))
+    parser.add_argument("--profiles", type=int, nargs="*", default=range(len(PROFILES)), help="rows to measure again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--follow", nargs=2, help=argparse.SUPPRESS)
@@ -307,14 +319,12 @@ def main() -> None:
         folder, facts, turns = arguments.link_use
         print(json.dumps(asyncio.run(link_use(Path(folder), json.loads(facts), int(turns)))), flush=True)
     else:
-        rows: list[dict[str, object]] = []
-        results: dict[str, object] = {
-            "machine": {"cpus": os.cpu_count(), "load_1m": os.getloadavg()[0]},
-            "against": measure_against(PROFILES[0], arguments.traces) if arguments.traces else None,
-            "link_use": rows,
-        }
+        results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"link_use": {}}
+        results["machine"] = {"cpus": os.cpu_count(), "load_1m": os.getloadavg()[0]}
+        if arguments.traces:
+            results["against"] = measure_against(PROFILES[0], arguments.traces)
         for number in arguments.profiles:
-            rows.append(measure_link_use(PROFILES[number], arguments.turns))
+            results["link_use"][str(number)] = measure_link_use(PROFILES[number], arguments.turns)
             arguments.out.write_text(json.dumps(results, indent=2) + "\n")
         print(json.dumps(results, indent=2))
 

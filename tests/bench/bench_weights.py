@@ -31,11 +31,13 @@ from services.wire.delta import (
     root_of,
 )
 from tests.bench.weight_traces import (
+    BETAS,
     GAPS,
     LEARNING_RATES,
     ROWS,
     TOKENS,
     WARM_UP_STEPS,
+    WEIGHTS_STD,
     make_traces,
     snapshot_path,
 )
@@ -237,7 +239,8 @@ def main() -> None:
             "machine": before,
             "model": {"parameters": parameters, "shape": "Qwen3, 16 layers, hidden 640, vocabulary 8192, tied"},
             "trace": {
-                "optimizer": "AdamW 0.9 0.999, fp32",
+                "optimizer": f"AdamW {BETAS}, fp32",
+                "initial_std": WEIGHTS_STD,
                 "warm_up_steps": WARM_UP_STEPS,
                 "rows": ROWS,
                 "tokens": TOKENS,

@@ -27,6 +27,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SYSCTLS = (
     "net.ipv4.tcp_rmem=4096 131072 67108864",
     "net.ipv4.tcp_wmem=4096 65536 67108864",
+    "net.ipv4.tcp_notsent_lowat=1048576",
 )
 """What deploy/systemd/90-heterorl-network.conf sets, as far as a namespace has it, but congestion control."""
 _TUNSETIFF = 0x400454CA

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.runtime.errors import StorageError
+from services.runtime.errors import StorageError, UnavailableError
 from services.runtime.files import atomic_write, locked_directory, storage_errors
 
 
@@ -71,3 +71,8 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot use folder"), locked_directory(tmp_path / "file" / "state"):
         pass
+
+
+def test_a_link_that_breaks_while_a_file_is_written_is_no_fault_of_the_disk():
+    with pytest.raises(UnavailableError, match="the link broke"), storage_errors("write x"):
+        raise UnavailableError("the link broke")
