@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from services.lab.tables import Line, course
 from services.lab.theory import BernoulliGrid, GaussianLine
@@ -55,7 +56,9 @@ def _courses(lines: Sequence[Line], path: Path) -> Path:
                     axes.set_ylabel(label)
                 if row == len(_ROWS) - 1:
                     axes.set_xlabel("optimizer step")
-        grid[0][0].legend(frameon=False)
+        # By colour and not from one column's curves: a loss may be missing at some delay.
+        strokes = [Line2D([], [], color=colour, linewidth=1.6) for colour in colours.values()]
+        figure.legend(strokes, list(colours), loc="outside lower center", ncols=len(colours), frameon=False)
         figure.savefig(path, metadata={"Date": None})
     return path
 
