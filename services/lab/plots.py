@@ -24,6 +24,7 @@ _STYLE = {
     "svg.hashsalt": "heterorl",  # equal data makes equal files
 }
 _ROWS = (("accuracy", "accuracy", False), ("weight_var", "variance of the weight", True), ("kl_k2", "KL (k2)", True))
+_ROUNDING = 1e-6
 _NAMES = {"own": "p/q", "group": "p/E", "bound": "p/max(q, E)", "max": "p/max q"}
 
 
@@ -64,11 +65,11 @@ def _courses(lines: Sequence[Line], path: Path) -> Path:
 
 
 def _draw_course(axes: Axes, line: Line, key: str, colour: str, log: bool) -> None:
-    """Each seed faint, their mean strong; a logarithmic axis leaves out what is 0."""
+    """Each seed faint, their mean strong; a logarithmic axis leaves out what is 0 but for rounding."""
     for results, alpha, width in [([one], 0.25, 0.7) for one in line.results] + [(list(line.results), 1.0, 1.6)]:
         points = course(results)
         steps = points["step"] if key == "accuracy" else points["step"][1:]
-        pairs = [(x, y) for x, y in zip(steps, points.get(key, []), strict=False) if y > 0 or not log]
+        pairs = [(x, y) for x, y in zip(steps, points.get(key, []), strict=False) if y > _ROUNDING or not log]
         label = line.label if len(results) == len(line.results) and alpha == 1.0 else None
         axes.plot([x for x, _ in pairs], [y for _, y in pairs], color=colour, alpha=alpha, linewidth=width, label=label)
     if log:
