@@ -17,7 +17,7 @@ from services.learner.losses.settings import LossSettings
 from services.runtime.errors import BadInputError, InputMissingError
 
 TOKEN_KEYS = ("learner_logprobs", "sampler_logprobs", "proximal_logprobs", "reference_logprobs")
-CASE_KEYS = ("name", "loss", *TOKEN_KEYS, "mask", "rewards", "group_size", "overlong", "options")
+CASE_KEYS = ("name", "loss", *TOKEN_KEYS, "mask", "rewards", "group_size", "overlong", "staleness", "options")
 REQUIRED_KEYS = ("loss", "learner_logprobs", "sampler_logprobs", "rewards", "group_size")
 
 
@@ -33,6 +33,8 @@ class LossCase:
     rewards: list[float]
     group_size: int
     overlong: list[bool] | None
+    staleness: list[float] | None
+    """Versions, 0 or more."""
 
 
 def read_cases(path: Path) -> list[LossCase]:
@@ -79,7 +81,8 @@ def _case(entry: object, place: str) -> LossCase:
     rewards = [_number(value, f'{place}: "rewards"') for value in _list(fields["rewards"], f'{place}: "rewards"')]
     overlong = fields.get("overlong")
     marks = None if overlong is None else _flags(_list(overlong, f'{place}: "overlong"'), f'{place}: "overlong"')
-    for key, values in (("rewards", rewards), ("overlong", marks)):
+    staleness = _staleness(fields.get("staleness"), place)
+    for key, values in (("rewards", rewards), ("overlong", marks), ("staleness", staleness)):
         if values is not None and len(values) != len(learner):
             raise BadInputError(f'{place}: "{key}" has {len(values)} values but there are {len(learner)} rows')
     return LossCase(
@@ -90,6 +93,7 @@ def _case(entry: object, place: str) -> LossCase:
         rewards=rewards,
         group_size=_group_size(fields["group_size"], len(learner), place),
         overlong=marks,
+        staleness=staleness,
     )
 
 
@@ -167,6 +171,16 @@ def _flags(values: Sequence[object], what: str) -> list[bool]:
     if any(value not in (0, 1) for value in values):
         raise BadInputError(f"{what} may hold only 0, 1, true and false")
     return [bool(value) for value in values]
+
+
+def _staleness(value: object, place: str) -> list[float] | None:
+    if value is None:
+        return None
+    what = f'{place}: "staleness"'
+    versions = [_number(item, what) for item in _list(value, what)]
+    if not all(math.isfinite(one) and one >= 0.0 for one in versions):
+        raise BadInputError(f"{what} must hold versions, 0 or more")
+    return versions
 
 
 def _list(value: object, what: str) -> list[object]:

@@ -57,6 +57,7 @@ def evaluate_case(case: LossCase) -> CaseResult:
         rewards_B=torch.tensor(case.rewards, dtype=torch.float64),
         group_B=torch.arange(len(lengths)) // case.group_size,
         overlong_B=None if case.overlong is None else torch.tensor(case.overlong),
+        staleness_B=None if case.staleness is None else torch.tensor(case.staleness, dtype=torch.float64),
         proximal_logprobs_BT=tensors.get("proximal_logprobs"),
         reference_logprobs_BT=tensors.get("reference_logprobs"),
     )

@@ -66,6 +66,22 @@ def test_json_holds_one_object_per_case_and_agrees_with_the_oracle(
                 assert weight == pytest.approx(wanted, rel=1e-9)
 
 
+def test_staleness_moves_the_denominator_of_gepo_fresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def weights(**change: object) -> list[float]:
+        case = {**GOOD, **change}
+        assert main(["loss", "--cases", write(tmp_path, case), "--json"]) == 0
+        (result,) = json.loads(capsys.readouterr().out)
+        return result["importance_weights"]
+
+    own = weights(loss="gspo")
+    assert weights(loss="gepo_fresh", staleness=[0, 0, 0, 0]) == pytest.approx(own, rel=1e-12)
+    largest = weights(loss="gepo_fresh")
+    assert weights(loss="gepo_fresh", staleness=[0, 400, 0, 400]) == pytest.approx(
+        [own[0], largest[1], own[2], largest[3]], rel=1e-12
+    )
+    assert all(big <= one * (1 + 1e-12) for big, one in zip(largest, own, strict=True))
+
+
 def test_text_names_loss_clip_share_weights_and_gradient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["loss", "--cases", write(tmp_path, GOOD)]) == 0
     text = capsys.readouterr().out
@@ -106,6 +122,9 @@ def test_rows_that_take_no_part_are_named_with_their_reason(tmp_path: Path, caps
         ({"group_size": 1}, "with group_size 1 the advantage is undefined"),
         ({"group_size": 3}, "4 rows are not a multiple of group_size 3: a group is cut in two"),
         ({"group_size": "4"}, '"group_size" must be a whole number'),
+        ({"staleness": [1, 0]}, '"staleness" has 2 values but there are 4 rows'),
+        ({"staleness": [1, 0, -1, 0]}, '"staleness" must hold versions, 0 or more'),
+        ({"staleness": 3}, '"staleness" must be a list'),
         ({"rewards": [1, 0]}, '"rewards" has 2 values but there are 4 rows'),
         ({"rewards": [1, 0, "x", 0]}, '"rewards" holds "x" where a number must stand'),
         ({"rewards": [10**400, 0, 0, 0]}, "too large"),
