@@ -108,8 +108,19 @@ async def test_a_request_that_vllm_would_answer_otherwise_is_refused(engine: Vll
             await engine.generate(asking(temperature=temperature))
 
 
-async def test_a_cache_that_does_not_fit_is_a_configuration_error(engines: Engines, policy: TinyPolicy) -> None:
-    with pytest.raises(ConfigError, match=r"memory|cache") as caught:
-        await engines.start(policy, policy.weights, 0, eager(kv_cache_gb=1_000_000))
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (eager(kv_cache_gb=1_000_000), r"memory|cache"),
+        (eager(quantization="no_such"), "quantization"),
+        (eager(max_model_len=1_000_000), "max_model_len|context"),
+    ],
+    ids=["cache", "quantization", "length"],
+)
+async def test_what_does_not_fit_or_does_not_exist_is_a_configuration_error(
+    engines: Engines, policy: TinyPolicy, settings: VllmSection, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        await engines.start(policy, policy.weights, 0, settings)
     assert "\n" not in str(caught.value)
     assert engines.started.pop().child_pid is None
