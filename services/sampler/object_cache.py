@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from services.runtime import failpoints
-from services.runtime.errors import CorruptObjectError, HeteroRLError, UnavailableError
+from services.runtime.errors import CorruptObjectError, HeteroRLError, StorageError, UnavailableError
 from services.runtime.files import storage_errors
 from services.runtime.log import get_logger
 from services.sampler.object_ranges import PART_SUFFIX, Progress, Range, begin, discard, join, ranges_of
@@ -29,6 +29,7 @@ class ObjectCache:
         self._directory = directory
         self._sources = sources
         self._max_bytes = max_bytes
+        self._wanted: Collection[str] = ()
         with storage_errors(f"make folder {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -45,6 +46,9 @@ class ObjectCache:
             source = self._sources.current
             try:
                 await self._fetch_from(source, path, ref, received)
+            except StorageError:
+                self._remove_unwanted(0)  # a full disk: the next try finds what room there is
+                raise
             except HeteroRLError as error:
                 if not self._sources.failed(source, error):
                     raise
@@ -69,8 +73,13 @@ class ObjectCache:
             ranges[0].path.replace(path)
 
     def evict(self, keep: Collection[str]) -> None:
-        """Removes the oldest files beyond max_bytes, and parts of objects that nobody wants; never those in `keep`."""
-        files = [file for file in self._directory.iterdir() if file.name.partition(".")[0] not in keep]
+        """Removes the oldest files beyond max_bytes, and parts of objects that nobody wants; never those in `keep`,
+        which stay wanted until the next call."""
+        self._wanted = frozenset(keep)
+        self._remove_unwanted(self._max_bytes)
+
+    def _remove_unwanted(self, room: int) -> None:
+        files = [file for file in self._directory.iterdir() if file.name.partition(".")[0] not in self._wanted]
         kept: list[tuple[float, int, Path]] = []
         for file in files:
             with contextlib.suppress(FileNotFoundError):
@@ -78,7 +87,7 @@ class ObjectCache:
                 kept.append((status.st_mtime, status.st_size, file))
         total = sum(size for _, size, _ in kept)
         for _, size, file in sorted(kept):
-            if total > self._max_bytes or file.suffix == PART_SUFFIX:
+            if total > room or file.suffix == PART_SUFFIX:
                 with contextlib.suppress(FileNotFoundError):
                     file.unlink()
                 total -= size

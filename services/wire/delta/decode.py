@@ -99,9 +99,16 @@ def apply_update(
 
 
 def load_parts(sources: Sequence[Source]) -> Iterator[Part]:
-    """The parts one at a time, checked."""
+    """The parts one at a time, checked. Raises CorruptObjectError, which names the file where there is one."""
     for source in sources:
-        yield parse_part(load_part(source))
+        data = load_part(source)
+        try:
+            part = parse_part(data)
+        except CorruptObjectError as error:
+            if isinstance(source, Path):
+                raise CorruptObjectError(f"{source.name}: {error}") from error
+            raise
+        yield part
 
 
 def survey(sources: Sequence[Source]) -> Survey:

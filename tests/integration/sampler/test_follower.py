@@ -1,5 +1,7 @@
 import asyncio
+import errno
 import hashlib
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -231,3 +233,29 @@ async def test_the_memory_of_a_version_that_the_engine_keeps_is_not_used_again(
                     await asyncio.sleep(0.01)
         await follows.follower.reached(3)
         assert root_of(kept) == root_of(weights)
+
+
+async def test_a_full_disk_empties_the_cache_of_what_nobody_wants(
+    tmp_path: Path, signer: ManifestSigner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ScriptedWeights(signer)
+    weights = weights_of(11)
+    await server.publish(weights)
+    objects = tmp_path / "objects"
+    async with serving(weights=server) as served, following(served, signer, objects) as follows:
+        old = {path.name for path in objects.iterdir()}
+        assert old
+        write = os.write
+
+        def full_until_there_is_room(descriptor: int, data: bytes) -> int:
+            if old & {path.name for path in objects.iterdir()}:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(descriptor, data)
+
+        monkeypatch.setattr("services.sampler.object_ranges.os.write", full_until_there_is_room)
+        await server.publish(changed(weights, 7))
+        async with asyncio.timeout(10):
+            await follows.follower.reached(1)
+        assert follows.follower.root == root_of(changed(weights, 7))
+        assert not old & {path.name for path in objects.iterdir()}
+        assert follows.tally.keyframes_refetched == 0

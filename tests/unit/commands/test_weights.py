@@ -10,7 +10,7 @@ from safetensors import safe_open
 from services.cli import main
 from services.wire.delta import BitTensor, layout, read_weights, root_of, write_weights
 from services.wire.delta.container import HEADER_LENGTH
-from tests.unit.wire.delta.samples import model, nudged, same
+from tests.unit.wire.delta.samples import model, nudged, same, tensor
 
 Pair = tuple[dict[str, BitTensor], dict[str, BitTensor]]
 
@@ -113,6 +113,9 @@ def test_diff_never_removes_files_that_are_not_deltas(pair: Pair, tmp_path: Path
         (["diff", "folder", "new.safetensors", "-o", "d.safetensors"], 66, "Hugging Face"),
         (["verify", "base.safetensors", "--workers", "0"], 2, "--workers"),
         (["apply", "new.safetensors", "delta.safetensors", "-o", "o.safetensors"], 65, "base"),
+        (["apply", "base.safetensors", "cut.safetensors", "-o", "o.safetensors"], 65, "cut.safetensors: the file is"),
+        (["apply", "base.safetensors", "delta.safetensors", "-o", "base.safetensors/o"], 74, "cannot make the folder"),
+        (["apply", "delta.safetensors", "base.safetensors", "-o", "o.safetensors"], 65, "not a parameter name"),
     ],
 )
 def test_each_mistake_is_one_sentence_and_its_exit_code(
@@ -129,6 +132,7 @@ def test_each_mistake_is_one_sentence_and_its_exit_code(
     Path("folder").mkdir()
     write_weights({"other": pair[0]["model.norm.weight"]}, "other.safetensors")
     weights("diff", "base.safetensors", "new.safetensors", "-o", "delta.safetensors")
+    Path("cut.safetensors").write_bytes(Path("delta.safetensors").read_bytes()[:-7])
     capsys.readouterr()
     assert weights(*words) == code
     error = capsys.readouterr().err
@@ -151,3 +155,43 @@ def test_a_truncated_checkpoint_is_refused(pair: Pair, tmp_path: Path, capsys: p
         path.write_bytes(data[:length])
         assert weights("verify", path) == 65
         assert str(path) in capsys.readouterr().err
+
+
+AWKWARD = {
+    "packed.qweight": tensor("U8", range(256)),  # two 4-bit weights per byte
+    "fp8.weight": tensor("F8_E4M3", range(256)),
+    "nan.weight": tensor("BF16", [0x7FC1, 0xFFFF, 0x8000, 0x0001, 0x7F80]),
+    "scalar": tensor("F32", [0x7F80_0001], ()),
+    "none": tensor("F16", [], (0, 4)),
+}
+
+
+@pytest.mark.parametrize("codec", ["sx", "xc"])
+@pytest.mark.parametrize("step", [0, 1, 0x81])
+def test_awkward_types_and_values_come_back_bit_for_bit(tmp_path: Path, codec: str, step: int) -> None:
+    base, new, delta, out = (tmp_path / f"{name}.safetensors" for name in ("base", "new", "delta", "out"))
+    write_weights(AWKWARD, base)
+    changed = {
+        name: BitTensor(dtype=old.dtype, shape=old.shape, bits=old.bits + old.bits.dtype.type(step))
+        for name, old in AWKWARD.items()
+    }
+    write_weights(changed, new)
+    assert weights("diff", base, new, "-o", delta, "--codec", codec) == 0
+    assert weights("apply", base, delta, "-o", out) == 0
+    assert out.read_bytes() == new.read_bytes()
+    assert weights("verify", delta, "--base", base) == 0
+
+
+def test_a_model_without_tensors_has_a_delta_too(tmp_path: Path) -> None:
+    empty, delta, out = (tmp_path / f"{name}.safetensors" for name in ("empty", "delta", "out"))
+    write_weights({}, empty)
+    assert weights("diff", empty, empty, "-o", delta) == 0
+    assert weights("apply", empty, delta, "-o", out) == 0
+    assert read_weights(out) == {}
+
+
+def test_an_empty_word_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        weights("diff", tmp_path / "base.safetensors", tmp_path / "new.safetensors", "-o", "")
+    assert ended.value.code == 2
