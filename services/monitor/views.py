@@ -72,7 +72,9 @@ def samplers_table(status: monitor_pb2.RunStatus) -> Table:
         doing = state
         if report.HasField("fetch") and report.fetch.bytes_total and state != "LOST":
             share = report.fetch.bytes_done / report.fetch.bytes_total
-            doing = f"{state} · fetching v{report.fetch.target_version} {share:.0%}"
+            left = report.fetch.bytes_total - report.fetch.bytes_done
+            eta = f", {left / report.fetch.bytes_per_s:.0f} s left" if report.fetch.bytes_per_s else ""
+            doing = f"{state} · fetching v{report.fetch.target_version} {share:.0%}{eta}"
         table.add_row(
             sampler.sampler_id,
             Text(doing, style=_STATE_STYLE.get(state, "")),

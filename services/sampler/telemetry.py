@@ -40,6 +40,8 @@ class Observed:
     learner_version: int
     engine_restarts: int
     relay_fallbacks: int
+    received_bytes: Mapping[str, int]
+    """Bytes of weight objects by where they came from: learner, relay."""
 
 
 _GAUGES: dict[str, tuple[str, Callable[[Observed], float]]] = {
@@ -79,6 +81,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[Observed], float]]] = {
     "grader_restarts": ("Restarts of the reward service", lambda o: o.tally.reward_restarts),
 }
 _LABELLED: dict[str, tuple[str, str, Callable[[Observed], Mapping[str, float]]]] = {
+    "weights_source_bytes": ("Bytes of weight objects by where they came from", "source", lambda o: o.received_bytes),
     "groups_dropped": ("Groups given up here", "reason", lambda o: o.tally.dropped),
     "verdicts": ("The learner's verdicts on submitted groups", "code", lambda o: o.tally.verdicts),
     "idle_seconds": ("Time in which the engine had no work", "reason", lambda o: o.tally.idle.seconds()),
@@ -108,6 +111,7 @@ class Vitals:
             learner_version=self.session.learner_version,
             engine_restarts=self.engine.restarts,
             relay_fallbacks=self.weights.fallbacks,
+            received_bytes={str(name): count for name, count in self.weights.received_bytes.items()},
         )
 
 

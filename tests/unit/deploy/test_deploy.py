@@ -185,7 +185,7 @@ def test_the_manual_has_every_exit_code() -> None:
 def test_the_manual_names_the_metrics_that_exist() -> None:
     counts = {"spool_groups", "spool_bytes", "spool_limit_bytes", "leases", "policy_version", "learner_version"}
     counts |= {"engine_restarts", "relay_fallbacks"}
-    sampler = sampler_telemetry.Observed(tally=Tally(), **dict.fromkeys(counts, 0))
+    sampler = sampler_telemetry.Observed(tally=Tally(), received_bytes={}, **dict.fromkeys(counts, 0))
     learner = monitor_pb2.RunStatus(evals=[monitor_pb2.EvalPoint()])
     exist = [*learner_telemetry.metrics_of(learner), *sampler_telemetry.metrics_of(sampler)]
     manual = (ROOT / "docs" / "operations.md").read_text()

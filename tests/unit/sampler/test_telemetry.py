@@ -21,6 +21,7 @@ def test_every_metric_has_the_projects_form_of_name_and_what_was_tallied() -> No
         learner_version=9,
         engine_restarts=10,
         relay_fallbacks=11,
+        received_bytes={"relay": 12, "learner": 13},
     )
     samples = {
         (sample.name, *sample.labels.values()): sample.value
@@ -41,5 +42,7 @@ def test_every_metric_has_the_projects_form_of_name_and_what_was_tallied() -> No
         ("policy_version_versions",): 8,
         ("engine_restarts_total",): 10,
         ("relay_fallbacks_total",): 11,
+        ("weights_source_bytes_total", "relay"): 12,
+        ("weights_source_bytes_total", "learner"): 13,
     }
     assert {key: samples[f"heterorl_sampler_{key[0]}", *key[1:]] for key in expected} == expected
