@@ -28,7 +28,7 @@ sampling = {{ group_size = 4, max_completion_tokens = 8 }}
 eval = {{ prompts = 16 }}
 reward = [{{ name = "exact" }}]
 staleness = {{ max_staleness = 2 }}
-batch = {{ groups_per_step = {GROUPS_PER_STEP} }}
+batch = {{ groups_per_step = {GROUPS_PER_STEP}, recompute_logprobs = true }}
 optimizer = {{ lr = 1e-4 }}
 lease = {{ heartbeat_s = 1, session_ttl_s = 10, ttl_s = 20 }}
 checkpoint = {{ every_steps = {CHECKPOINT_EVERY} }}
@@ -128,3 +128,7 @@ def check_run(folder: Path) -> None:
     assert [event["learner_epoch"] for event in registered] == [1, 2]
     lines = [json.loads(line) for line in (folder / "learner" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    shares = [line["recomputed_share"] for line in lines if "loss" in line]
+    assert shares[0] == shares[-1] == 1.0, (
+        "only groups of versions from before the restart keep the samplers' log-probs"
+    )
