@@ -43,7 +43,7 @@ def _courses(lines: Sequence[Line], path: Path) -> Path:
     delays = list(dict.fromkeys(line.delay for line in lines))
     colours = _colours(lines)
     with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType] - the keys are matplotlib's own
-        figure = Figure(figsize=(2.6 * len(delays) + 0.8, 6.2), layout="constrained")
+        figure = Figure(figsize=(max(6.4, 2.6 * len(delays) + 0.8), 6.2), layout="constrained")
         grid = figure.subplots(len(_ROWS), len(delays), squeeze=False, sharex=True, sharey="row")
         for column, delay in enumerate(delays):
             for row, (key, label, log) in enumerate(_ROWS):
