@@ -143,13 +143,14 @@ class TransformerDrawer:
         batch.admit(rows)
         while batch.active:
             batch.step()
-        tokens_BT = torch.zeros((len(rows), self._task.max_tokens), dtype=torch.int64)
-        logprobs_BT = torch.zeros(tokens_BT.shape)
-        for place, row in enumerate(rows):
-            drawn = row.request.results[row.index]
-            assert drawn is not None, "every row of a batch that is not active has ended"
-            tokens_BT[place, : len(drawn.token_ids)] = torch.tensor(drawn.token_ids)
-            logprobs_BT[place, : len(drawn.logprobs)] = torch.tensor(drawn.logprobs)
+        drawn = [result for request in requests for result in request.results if result is not None]
+        assert len(drawn) == len(rows), "every row of a batch that is not active has ended"
+        length_B = torch.tensor([len(result.token_ids) for result in drawn])
+        written_BT = torch.arange(self._task.max_tokens) < length_B[:, None]
+        tokens_BT = torch.zeros(written_BT.shape, dtype=torch.int64)
+        tokens_BT[written_BT] = torch.tensor([token for result in drawn for token in result.token_ids])
+        logprobs_BT = torch.zeros(written_BT.shape)
+        logprobs_BT[written_BT] = torch.tensor([logprob for result in drawn for logprob in result.logprobs])
         return _drawn(self._task, tokens_BT, logprobs_BT)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_GROWTH_COLUMNS = 64
+_GROWTH_COLUMNS = 16
 
 
 class BufferLayer(CacheLayerMixin):

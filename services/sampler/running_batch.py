@@ -160,14 +160,21 @@ class RunningBatch:
         stopped = at_end_B | self._at_stop_text(state)
         ended = (stopped | (state.steps >= state.limit)) & state.alive
         state.alive &= ~ended
-        for index in ended.nonzero()[:, 0].tolist():
+        places = ended.nonzero()[:, 0]
+        if not len(places):
+            return
+        # Whole tensors at once: from a GPU, a transfer per row would take longer than the step.
+        counts = state.steps[places].tolist()
+        tokens = state.tokens[places, : max(counts)].tolist()
+        logprobs = state.logprobs[places, : max(counts)].clamp(max=0.0).tolist()
+        at_stop = stopped[places].tolist()
+        for place, index in enumerate(places.tolist()):
             row = self._rows[index]
             assert row is not None
-            count = int(state.steps[index])
             row.request.results[row.index] = Drawn(
-                token_ids=tuple(state.tokens[index, :count].tolist()),
-                logprobs=tuple(min(0.0, value) for value in state.logprobs[index, :count].tolist()),
-                finish_reason=FinishReason.STOP if bool(stopped[index]) else FinishReason.LENGTH,
+                token_ids=tuple(tokens[place][: counts[place]]),
+                logprobs=tuple(logprobs[place][: counts[place]]),
+                finish_reason=FinishReason.STOP if at_stop[place] else FinishReason.LENGTH,
             )
             self._rows[index] = None
 
@@ -232,9 +239,10 @@ class RunningBatch:
         width = max(sampling.max_completion_tokens for sampling in settings)
         count, device = len(rows), self._device
         numbers = torch.zeros((count, width))
-        for index, row in enumerate(rows):
-            own = row.request.uniforms[row.index]
-            numbers[index, : len(own)] = own
+        for request in {id(row.request): row.request for row in rows}.values():
+            own = [(place, row.index) for place, row in enumerate(rows) if row.request is request]
+            drawn = request.uniforms[[index for _, index in own]]
+            numbers[[place for place, _ in own], : drawn.shape[1]] = drawn
         lengths = [len(row.request.asked.prompt_token_ids) for row in rows]
         return _RowTensors(
             logits=logits,
