@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,6 @@ from services.wire.tls import TlsFiles
 from services.wire.types import ObjectRef
 from tests.bench.bench_transfer import raw_s, send_raw
 from tests.bench.tun_link import ADDRESSES
-from tests.bench.weight_traces import snapshot_path
 from tests.support.weight_site import RUN_ID, dial, learner_site
 from tests.unit.learner.weights_of_tests import make_weights
 
@@ -59,10 +58,17 @@ http {{ access_log off; sendfile on; server {{ listen {host}:8080; root {folder}
 RSYNC = "use chroot = false\naddress = {host}\nport = 8730\n[files]\npath = {folder}/files\n"
 
 
+def trace(traces: Path, step: int) -> dict[str, BitTensor]:
+    """A snapshot of the lowest learning rate."""
+    from tests.bench.weight_traces import snapshot_path  # imports torch and transformers: not beside a measurement
+
+    return read_weights(snapshot_path(traces, 1e-6, step))
+
+
 async def serve(folder: Path, sizes: Sequence[int], traces: Path | None) -> None:
     """In the learner's namespace: WeightService, raw TCP, and publishing when told so; ends with standard input."""
     tls, _ = server_credentials(TlsFiles.in_directory(folder / "pki", "learner"))
-    versions = [make_weights(1)] if traces is None else [read_weights(snapshot_path(traces, 1e-6, n)) for n in (0, 1)]
+    versions = [make_weights(1)] if traces is None else [trace(traces, n) for n in (0, 1)]
     async with learner_site(folder / "learner", host=HOST, credentials=tls) as site:
         await site.publisher.publish(0, versions[0])
         refs = [site.store.put(os.urandom(size)) for size in sizes]
@@ -73,6 +79,7 @@ async def serve(folder: Path, sizes: Sequence[int], traces: Path | None) -> None
             "raw_port": raw.sockets[0].getsockname()[1],
             "objects": [asdict(ref) for ref in refs],
             "public_key": site.public_key.hex(),
+            "pid": os.getpid(),
         }
         print(json.dumps(facts), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
@@ -117,16 +124,30 @@ async def fetch(cache: ObjectCache, ref: ObjectRef) -> None:
             return
 
 
-async def link_use(folder: Path, facts: dict[str, object], turns: int) -> dict[str, list[float]]:
-    """In the sampler's namespace: seconds of each way, in turn."""
+def cpu_s(pid: int) -> float:
+    """Processor time of a process and all its threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def link_use(folder: Path, facts: dict[str, object], turns: int) -> dict[str, list[dict[str, float]]]:
+    """In the sampler's namespace: wall seconds of each way, in turn, and every process's processor seconds in them."""
     port = int(str(facts["port"]))
     warm, whole, *quarters = [ObjectRef(**row) for row in facts["objects"]]  # type: ignore[attr-defined]
-    rows: dict[str, list[float]] = {"raw": [], "one": [], "four": [], "one_with_four_channels": []}
+    pids = {"sender": int(str(facts["pid"])), "receiver": os.getpid(), "link": int(str(facts["link_pid"]))}
+    ways: dict[str, Callable[[], Coroutine[object, object, float]]] = {
+        "raw": lambda: raw_s(int(str(facts["raw_port"])), whole.size_bytes, HOST, WARM_BYTES),
+        "one": lambda: fetch_s(folder, port, warm, [whole]),
+        "four": lambda: fetch_s(folder, port, warm, quarters),
+        "one_with_four_channels": lambda: fetch_s(folder, port, warm, [whole], 4),
+    }
+    rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(turns):
-        rows["raw"].append(await raw_s(int(str(facts["raw_port"])), whole.size_bytes, HOST, WARM_BYTES))
-        rows["one"].append(await fetch_s(folder, port, warm, [whole]))
-        rows["four"].append(await fetch_s(folder, port, warm, quarters))
-        rows["one_with_four_channels"].append(await fetch_s(folder, port, warm, [whole], 4))
+        for way, measure in ways.items():
+            before = {name: cpu_s(pid) for name, pid in pids.items()}
+            wall = await measure()
+            cpu = {f"{name}_cpu": round(cpu_s(pid) - before[name], 2) for name, pid in pids.items()}
+            rows[way].append({"wall": wall, **cpu})
     return rows
 
 
@@ -201,7 +222,8 @@ def tell(child: subprocess.Popen[str], line: str) -> None:
 
 
 @contextlib.contextmanager
-def link(profile: dict[str, object]) -> Generator[tuple[str, str]]:
+def link(profile: dict[str, object]) -> Generator[tuple[str, str, int]]:
+    """Both namespaces, and the pid of the process between them."""
     words = [word for key, value in profile.items() if key != "mbytes" for word in (f"--{key}", str(value))]
     name = f"hb{os.getpid()}"
     child = subprocess.Popen(
@@ -212,7 +234,7 @@ def link(profile: dict[str, object]) -> Generator[tuple[str, str]]:
     )
     try:
         said(child)
-        yield f"{name}-a", f"{name}-b"
+        yield f"{name}-a", f"{name}-b", child.pid
     finally:
         assert child.stdin is not None
         child.stdin.close()
@@ -225,15 +247,15 @@ def here(*words: str) -> tuple[str, ...]:
 
 def measure_link_use(profile: dict[str, object], turns: int) -> dict[str, object]:
     size = int(str(profile["mbytes"])) << 20
-    with tempfile.TemporaryDirectory() as name, link(profile) as (a, b):
+    with tempfile.TemporaryDirectory() as name, link(profile) as (a, b, pid):
         make_dev_pki(Path(name) / "pki", [f"s{n}" for n in range(4)], [HOST], datetime.now(UTC))
         sizes = [str(number) for number in (WARM_BYTES, size, *[size // 4] * 4)]
         with process(a, *here("--serve", name, *sizes)) as server:
-            facts = said(server)
+            facts = {**said(server), "link_pid": pid}
             words = here("--link-use", name, json.dumps(facts), str(turns))
             with process(b, *words) as client:
-                rows: dict[str, list[float]] = said(client)  # type: ignore[assignment]
-    best = {key: statistics.median(values) for key, values in rows.items()}
+                rows: dict[str, list[dict[str, float]]] = said(client)  # type: ignore[assignment]
+    best = {key: statistics.median(row["wall"] for row in values) for key, values in rows.items()}
     return {
         **profile,
         "seconds": rows,
@@ -247,11 +269,11 @@ def measure_against(profile: dict[str, object], traces: Path) -> dict[str, objec
     for program in ("nginx", "curl", "rsync"):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is missing: apt-get install nginx-light curl rsync")
-    with tempfile.TemporaryDirectory() as name, link(profile) as (a, b):
+    with tempfile.TemporaryDirectory() as name, link(profile) as (a, b, _):
         folder = Path(name)
         folder.chmod(0o755)
         make_dev_pki(folder / "pki", ["s0"], [HOST], datetime.now(UTC))
-        old, new = (read_weights(snapshot_path(traces, 1e-6, n)) for n in (0, 1))
+        old, new = (trace(traces, n) for n in (0, 1))
         checkpoint = write_checkpoint(new, folder / "files")
         (folder / "nginx.conf").write_text(NGINX.format(folder=folder, host=HOST))
         (folder / "rsyncd.conf").write_text(RSYNC.format(folder=folder, host=HOST))

@@ -3,7 +3,10 @@
     NAME-a  10.77.0.1 ── tun ──► queue, rate, delay, loss (this process) ──► tun ── 10.77.0.2  NAME-b
 
 Packets that find the queue full are dropped, as a router does: congestion control sees what it would see on a real
-link. For kernels without netem. One process forwards some 60,000 packets a second; a faster link needs a larger MTU.
+link. For kernels without netem. Without loss the kernel hands over packets of up to 64 KiB that it would cut into
+segments (TSO, with the checksum left out), and takes them as they are at the other end: one process then forwards some
+Gbit/s. They take the time of all their segments with a header each, and are dropped whole. With loss each segment is
+its own packet: some 60,000 a second.
 
     python -m tests.bench.tun_link --name hx --rate-mbit 100 --rtt-ms 100 --loss 0.001
 
@@ -31,8 +34,12 @@ SYSCTLS = (
 )
 """What deploy/systemd/90-heterorl-network.conf sets, as far as a namespace has it, but congestion control."""
 _TUNSETIFF = 0x400454CA
-_TAP_NO_HEADER = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI
-_MAX_PACKET = 65536
+_TUNSETOFFLOAD = 0x400454D0
+_TUN_FLAGS = 0x0001 | 0x1000 | 0x4000  # IFF_TUN | IFF_NO_PI | IFF_VNET_HDR
+_SEGMENTING = 0x01 | 0x02  # TUN_F_CSUM | TUN_F_TSO4
+_VNET_HEADER = struct.Struct("<BBHHHH")
+"""virtio_net_hdr: flags, type of segmenting (0: none), length of headers, segment's payload, two for the checksum."""
+_MAX_PACKET = 65536 + _VNET_HEADER.size
 _BATCH = 64
 
 
@@ -51,16 +58,30 @@ def sh(*words: str) -> None:
     subprocess.run(words, check=True, capture_output=True)
 
 
-def open_tun(name: str) -> int:
+def open_tun(name: str, segmenting: bool) -> int:
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22s", name.encode(), _TAP_NO_HEADER, b""))
+    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22s", name.encode(), _TUN_FLAGS, b""))
+    fcntl.ioctl(descriptor, _TUNSETOFFLOAD, _SEGMENTING if segmenting else 0)
     return descriptor
 
 
-def make_namespace(namespace: str, device: str, address: str, peer: str, mtu: int, congestion: str) -> int:
+def wire_bytes(packet: bytes) -> int:
+    """Of all segments that a packet stands for, each with its headers of IPv4 and TCP."""
+    _, kind, _, segment, _, _ = _VNET_HEADER.unpack_from(packet)
+    size = len(packet) - _VNET_HEADER.size
+    if not kind:
+        return size
+    ip = 4 * (packet[_VNET_HEADER.size] & 0x0F)
+    headers = ip + 4 * (packet[_VNET_HEADER.size + ip + 12] >> 4)
+    return size + (-(-(size - headers) // segment) - 1) * headers
+
+
+def make_namespace(
+    namespace: str, device: str, address: str, peer: str, mtu: int, congestion: str, segmenting: bool
+) -> int:
     """The namespace with its end of the link up; returns the device's descriptor."""
     sh("ip", "netns", "add", namespace)
-    descriptor = open_tun(device)
+    descriptor = open_tun(device, segmenting)
     sh("ip", "link", "set", device, "netns", namespace)
     inside = ("ip", "netns", "exec", namespace)
     sh(*inside, "ip", "link", "set", "lo", "up")
@@ -109,7 +130,7 @@ def take(
         if start - now > queue_s or (draws is not None and draws.random() < loss):
             way.dropped += 1
             continue
-        way.free_at = start + len(packet) * 8 / rate_bit_s
+        way.free_at = start + wire_bytes(packet) * 8 / rate_bit_s
         way.under_way.append((way.free_at + delay_s, packet))
 
 
@@ -125,9 +146,12 @@ def main() -> None:
     arguments = parser.parse_args()
     namespaces = [f"{arguments.name}-a", f"{arguments.name}-b"]
     try:
-        first = make_namespace(namespaces[0], f"tuna{os.getpid()}", *ADDRESSES, arguments.mtu, arguments.congestion)
-        second = make_namespace(
-            namespaces[1], f"tunb{os.getpid()}", *ADDRESSES[::-1], arguments.mtu, arguments.congestion
+        devices = (f"tuna{os.getpid()}", f"tunb{os.getpid()}")
+        first, second = (
+            make_namespace(
+                namespace, device, address, peer, arguments.mtu, arguments.congestion, segmenting=not arguments.loss
+            )
+            for namespace, device, address, peer in zip(namespaces, devices, ADDRESSES, ADDRESSES[::-1], strict=True)
         )
         print(json.dumps({"namespaces": namespaces, "addresses": ADDRESSES}), flush=True)
         ways = (Direction(first, second), Direction(second, first))

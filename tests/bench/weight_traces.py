@@ -51,17 +51,20 @@ def model_config() -> Qwen3Config:
 
 
 class Training:
-    """A model, its optimizer and its stream of batches."""
+    """A model, its optimizer and its stream of batches of `rows` × `tokens`."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(
+        self, seed: int = 0, config: Qwen3Config | None = None, rows: int = ROWS, tokens: int = TOKENS
+    ) -> None:
         torch.manual_seed(seed)
-        self.model = Qwen3ForCausalLM(model_config()).float()
+        self.model = Qwen3ForCausalLM(config or model_config()).float()
+        self.shape = (rows, tokens)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
         self.generator = torch.Generator().manual_seed(seed + 1)
 
     def step(self) -> None:
-        tokens_BT = torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=self.generator)
-        advantage_B = torch.randn(ROWS, generator=self.generator)
+        tokens_BT = torch.randint(0, self.model.config.vocab_size, self.shape, generator=self.generator)
+        advantage_B = torch.randn(self.shape[0], generator=self.generator)
         logits_BTV = self.model(input_ids=tokens_BT).logits[:, :-1]
         picked_BT = torch.log_softmax(logits_BTV, -1).gather(-1, tokens_BT[:, 1:, None]).squeeze(-1)
         loss = -(advantage_B[:, None] * picked_BT).mean()
