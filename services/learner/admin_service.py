@@ -1,5 +1,7 @@
 """AdminService: what operators change in a running learner. Every call leaves an audit line in the log."""
 
+from collections.abc import Callable
+
 import grpc
 
 from heterorl.v1 import admin_pb2, admin_pb2_grpc
@@ -19,11 +21,12 @@ _audit = get_logger("learner.audit")
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
-    """Acts on sessions and on the run's control."""
+    """Acts on sessions and on the run's control. `wake` lets calls that wait for leases hear of it."""
 
-    def __init__(self, sessions: Sessions, control: RunControl) -> None:
+    def __init__(self, sessions: Sessions, control: RunControl, wake: Callable[[], None]) -> None:
         self._sessions = sessions
         self._control = control
+        self._wake = wake
 
     async def DrainSampler(
         self, request: admin_pb2.DrainSamplerRequest, context: _Drain
@@ -32,6 +35,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         if sampler is None:
             raise InputMissingError(f"no sampler {request.sampler_id!r} has registered with this learner")
         sampler.draining = True
+        self._wake()
         _audit.info("drain_sampler", by=peer_identity(context), sampler=request.sampler_id)
         return admin_pb2.DrainSamplerResponse()
 
@@ -48,6 +52,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def Pause(self, request: admin_pb2.PauseRequest, context: _Pause) -> admin_pb2.PauseResponse:
         self._control.pause()
         self._sessions.paused = True
+        self._wake()
         _audit.info("pause", by=peer_identity(context), reason=request.reason)
         return admin_pb2.PauseResponse()
 

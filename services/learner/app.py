@@ -205,7 +205,7 @@ def _services(config: LearnerConfig, learner: Learner, drain: asyncio.Event) -> 
         ),
         rollouts=RolloutService(parts.plane, drain),
         monitor=MonitorService(learner.observed.status, parts.records, drain),
-        admin=AdminService(parts.plane.sessions, parts.control),
+        admin=AdminService(parts.plane.sessions, parts.control, parts.plane.leases.wake),
     )
 
 

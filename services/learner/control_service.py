@@ -110,6 +110,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             min(request.max_leases, _MOST_LEASES),
             request.policy_version,
             wait_s,
+            lambda: self._why_none(sampler),
         )
         return control_pb2.LeasePromptsResponse(leases=map(to_lease, granted.leases), reason=granted.reason)
 

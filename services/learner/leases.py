@@ -111,15 +111,24 @@ class LeaseTable:
         return sum(work.is_out for work in self._works)
 
     async def grant(
-        self, sampler_id: str, session_epoch: int, max_leases: int, policy_version: int, wait_s: float
+        self,
+        sampler_id: str,
+        session_epoch: int,
+        max_leases: int,
+        policy_version: int,
+        wait_s: float,
+        refused: Callable[[], str] = str,
     ) -> Granted:
         """Up to `max_leases`; waits up to `wait_s` for the first. Evaluation goes before training.
 
+        `refused` gives the reason why the caller gets none now, or "": asked again at each `wake`, it ends the wait.
         Cancelling the call gives back what it took. Raises StorageError when the journal fails.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + wait_s
         while True:
+            if reason := refused():
+                return Granted(leases=(), reason=reason)
             changed, before = self._changed, self._works.following
             taken, reason, brief = self._take(sampler_id, session_epoch, max_leases, policy_version)
             if taken:

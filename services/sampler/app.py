@@ -193,7 +193,7 @@ class _Sampler:
         self._spawn(follower.watch())
         if not await self._unless_drained(self._load_model(session, follower)):
             return
-        rollout = self._rollout(session, follower, spool, scorer)
+        rollout = self._rollout(session, follower, spool, scorer, news)
         heartbeat.rollout = vitals.rollout = rollout
         submitter = Submitter(
             spool=spool,
@@ -234,7 +234,9 @@ class _Sampler:
         self._prompts = await asyncio.to_thread(PromptCodec, self._model_dir, session.settings.system_prompt)
         await follower.start(self._engine, self._model_dir)
 
-    def _rollout(self, session: LearnerSession, follower: Follower, spool: Spool, scorer: RewardClient) -> Rollout:
+    def _rollout(
+        self, session: LearnerSession, follower: Follower, spool: Spool, scorer: RewardClient, news: asyncio.Event
+    ) -> Rollout:
         settings = session.settings
         return Rollout(
             control=self._control,
@@ -250,6 +252,7 @@ class _Sampler:
                 max_batch_rows=self._config.engine.max_batch_rows,
                 group_size=settings.group_size,
             ),
+            news=news,
             delays=self._rollout_delays,
         )
 

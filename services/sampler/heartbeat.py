@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # generated stubs exist for type checkers only
 _log = get_logger("sampler.heartbeat")
 _TIMEOUT_S = 10.0
 _JITTER = 0.2
+_PAUSED_INTERVAL_S = 2.0
+"""A paused sampler asks for no leases, so only a heartbeat can tell it to go on or to go home."""
 
 
 class Heartbeat:
@@ -57,12 +59,14 @@ class Heartbeat:
         self.draining = False
 
     async def run(self) -> None:
-        """For ever, every interval ± 20 %, and when there is news.
+        """For ever, every interval ± 20 % (at most 2 s while paused), and when there is news.
 
         Raises FencedError, RefusedError, ConfigError from the learner, UnavailableError after connect.give_up_s."""
         while True:
             await self.beat()
             interval_s = self._session.heartbeat_interval_s
+            if self.rollout is not None and self.rollout.paused:
+                interval_s = min(interval_s, _PAUSED_INTERVAL_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval_s * (1 + _JITTER * (2 * self._draw() - 1))):
                     await self._news.wait()

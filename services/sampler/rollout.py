@@ -39,6 +39,8 @@ _LEASE_WAIT_MS = 10_000
 _LEASE_TIMEOUT_S = 20.0
 _RELEASE_TIMEOUT_S = 5.0
 _GENERATE_ATTEMPTS = 3
+_ASK_WHY = ("paused", "draining")
+"""Reasons of LeasePromptsResponse that a heartbeat's answer explains."""
 _PAYLOAD_BYTES = MESSAGE_BYTES - 4096
 """Largest group that fits a message with its envelope."""
 
@@ -73,8 +75,10 @@ class Rollout:
         spool: Spool,
         tally: Tally,
         limits: RolloutLimits,
+        news: asyncio.Event,
         delays: Delays = NO_DELAYS,
     ) -> None:
+        """`news` is set when leases are first refused for another reason than lack of work: a heartbeat tells which."""
         self._control = control
         self._session = session
         self._follower = follower
@@ -84,6 +88,8 @@ class Rollout:
         self._spool = spool
         self._tally = tally
         self._limits = limits
+        self._news = news
+        self._no_leases = ""
         self._delays = delays
         self._delayed = 0
         self._hurry = asyncio.Event()
@@ -283,6 +289,9 @@ class Rollout:
                 timeout=_LEASE_TIMEOUT_S,
             )
         )
+        if response.reason in _ASK_WHY and response.reason != self._no_leases:
+            self._news.set()
+        self._no_leases = response.reason
         return [from_lease(message) for message in response.leases]
 
     async def _release(self, lease_ids: Sequence[str], reason: str) -> None:

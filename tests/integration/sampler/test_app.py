@@ -127,6 +127,23 @@ async def test_a_sampler_shows_its_work_to_prometheus_and_sigterm_drains_it(
         assert not (sampler.state / "metrics_address").exists()
 
 
+async def test_the_end_of_a_run_is_not_waited_for_until_the_next_heartbeat(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path,
+        POLICY,
+        run={"id": "test", "state_dir": tmp_path / "learner", "steps": 2},
+        lease={"heartbeat_s": 60.0, "session_ttl_s": 180.0},
+    )
+    async with running_learner(config) as learner, running_sampler(learner.address, tmp_path / "s") as sampler:
+        loaded = await sampler.event("version_loaded")
+        while loaded["version"] != 2:
+            loaded = await sampler.event("version_loaded")
+        async with asyncio.timeout(30):  # the next regular heartbeat is at least 48 s away
+            await sampler.event("sampler_drained")
+        code, _ = await sampler.ended()
+        assert code == 0
+
+
 async def test_a_sampler_whose_id_a_newer_process_took_ends_with_79(config: LearnerConfig, tmp_path: Path) -> None:
     async with running_learner(config) as learner, running_sampler(learner.address, tmp_path / "older") as older:
         await older.event("version_loaded")

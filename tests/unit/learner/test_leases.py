@@ -254,6 +254,20 @@ async def test_a_waiting_call_hears_of_a_new_version() -> None:
         assert len((await call).leases) == 1
 
 
+async def test_a_waiting_call_ends_when_it_is_refused() -> None:
+    given = Table(groups_per_step=1, max_staleness=0)
+    given.table.advance(0)
+    given.waiting = 1
+    reason = ""
+    call = asyncio.create_task(given.table.grant("a", 1, 1, 0, 10.0, lambda: reason))
+    await asyncio.sleep(0)
+    reason, given.waiting = "draining", 0
+    given.table.wake()
+    async with asyncio.timeout(1):
+        assert await call == Granted(leases=(), reason="draining")
+    assert given.table.active == 0
+
+
 async def test_one_sampler_does_not_take_the_share_of_the_others() -> None:
     given = Table(groups_per_step=4, max_staleness=0)
     given.samplers = 2
