@@ -63,6 +63,8 @@ class ObjectStore:
                     path.parent.mkdir(exist_ok=True)
                 sync_directory(self._directory)
             atomic_write(path, data)
+            with storage_errors(f"read {path}"):
+                self._verified[ref.object_id] = _state(path.stat())  # hashed above: not again for the first reader
         return ref
 
     def is_sound(self, object_id: str) -> bool:
@@ -115,7 +117,7 @@ class ObjectStore:
             facts = path.stat()
         except FileNotFoundError:
             raise ObjectGoneError(f"object {object_id[:12]} was collected; ask for a new plan") from None
-        state = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        state = _state(facts)
         if self._verified.get(object_id) != state:
             with storage_errors(f"read {path}"):
                 digest = file_digest(path)
@@ -146,3 +148,8 @@ class ObjectStore:
             self._held[object_id] -= 1
             if not self._held[object_id]:
                 del self._held[object_id]
+
+
+def _state(facts: os.stat_result) -> tuple[int, int, int]:
+    """Changes with every write to a file, or another file in its place."""
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size

@@ -130,13 +130,13 @@ class Publisher:
         async with self._announced:
             self._announced.notify_all()
 
-    async def wait_for_change(self, seen: SignedManifest | None) -> SignedManifest:
-        """*Waits for* a newest manifest that is not `seen`; *produces* it, skipping what came between; *on cancel*
+    async def wait_for_change(self, seen: Version | None) -> Version:
+        """*Waits for* a newest version that is not `seen`; *produces* it, skipping what came between; *on cancel*
         nothing is lost."""
         async with self._announced:
-            while self._latest is None or self._latest.version.manifest is seen:
+            while self._latest is None or self._latest.version is seen:
                 await self._announced.wait()
-            return self._latest.version.manifest
+            return self._latest.version
 
     def _make(self, number: int, weights: Weights, comparison: Comparison | None) -> tuple[Version, Manifest]:
         """Encodes, stores, writes the row. Blocks."""

@@ -14,12 +14,13 @@ from services.learner.plans import Planner
 from services.learner.publisher import Publisher
 from services.learner.run_control import unless_set
 from services.learner.traffic import Traffic
+from services.learner.versions import Version
 from services.runtime.errors import MismatchError, UnavailableError
 from services.runtime.failpoints import hit
-from services.wire.convert import to_plan, to_signed
+from services.wire.convert import to_announcement, to_plan
 from services.wire.interceptors import peer_identity
 from services.wire.objects import read_chunk
-from services.wire.types import SignedManifest
+from services.wire.types import Announcement
 
 STALL_S = 60.0
 """A receiver that takes nothing for this long is cut: it fetches again from where it was."""
@@ -55,11 +56,15 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         self, request: weights_pb2.WatchPolicyRequest, context: _Watch
     ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
         """*Waits for* versions; *produces* the newest at once and after each publish, never a queue of them; ends when
-        the learner drains."""
+        the learner drains. What an announcement names may be fetched without a plan, so it counts as one."""
         self._check_run(request.run_id)
-        seen: SignedManifest | None = None
+        name = peer_identity(context).id
+        seen: Version | None = None
         while (seen := await unless_set(self._drain, self._publisher.wait_for_change(seen))) is not None:
-            yield weights_pb2.WatchPolicyResponse(manifest=to_signed(seen))
+            if seen.update is not None:
+                ids = [ref.object_id for ref in seen.update.objects]
+                self._traffic.planned(name, seen.root, ids, seen.manifest.decoded.full_bytes)
+            yield to_announcement(Announcement(manifest=seen.manifest, update=seen.update))
 
     async def GetPlan(self, request: weights_pb2.GetPlanRequest, context: _Plan) -> weights_pb2.GetPlanResponse:
         self._check_run(request.run_id)

@@ -14,10 +14,10 @@ from heterorl.v1 import weights_pb2
 from services.runtime.backoff import Backoff
 from services.runtime.errors import BadInputError, CorruptObjectError, ExhaustedError, ObjectGoneError, UnavailableError
 from services.runtime.log import get_logger
-from services.wire.convert import from_signed
+from services.wire.convert import from_announcement
 from services.wire.errors import from_rpc_error
 from services.wire.object_reader import ObjectReader
-from services.wire.types import SignedManifest
+from services.wire.types import Announcement, SignedManifest
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only
     from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
@@ -42,8 +42,8 @@ class Upstream:
         self._reader = ObjectReader(bulk, stall_s=stall_s)
         self._changed = asyncio.Event()
         self._closed = False
-        self.latest: SignedManifest | None = None
-        """Newest announcement; its signature is for samplers to check."""
+        self.announced: Announcement | None = None
+        """The newest; its signature is for samplers to check."""
         self.connected = False
         """Whether the watch is up."""
         self.bytes_fetched = 0
@@ -58,7 +58,7 @@ class Upstream:
                 while isinstance(message := await call.read(), weights_pb2.WatchPolicyResponse):
                     self.connected = True
                     backoff.reset()
-                    self._announce(from_signed(message.manifest))
+                    self._announce(from_announcement(message))
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
                 if not isinstance(error, _RETRIED):
@@ -71,11 +71,16 @@ class Upstream:
                 call.cancel()
             await asyncio.sleep(backoff.next_delay_s())
 
-    async def wait_for_change(self, seen: SignedManifest | None) -> SignedManifest | None:
-        """*Waits for* a newest manifest that is not `seen`; *produces* it, or None once the relay drains."""
-        while not self._closed and (self.latest is None or self.latest is seen):
+    @property
+    def latest(self) -> SignedManifest | None:
+        """The newest version."""
+        return None if self.announced is None else self.announced.manifest
+
+    async def wait_for_change(self, seen: Announcement | None) -> Announcement | None:
+        """*Waits for* a newest announcement that is not `seen`; *produces* it, or None once the relay drains."""
+        while not self._closed and (self.announced is None or self.announced is seen):
             await self._changed.wait()
-        return None if self._closed else self.latest
+        return None if self._closed else self.announced
 
     def close(self) -> None:
         """Ends every `wait_for_change`."""
@@ -97,10 +102,11 @@ class Upstream:
                 self.bytes_fetched += len(data)
                 yield data
 
-    def _announce(self, manifest: SignedManifest) -> None:
+    def _announce(self, announcement: Announcement) -> None:
+        manifest = announcement.manifest
         if self.latest is not None and self.latest.manifest == manifest.manifest:
             return  # a reconnection says again what is known
-        self.latest = manifest
+        self.announced = announcement
         _log.info("version_announced", version=manifest.decoded.version, root=manifest.decoded.root[:12])
         self._wake()
 

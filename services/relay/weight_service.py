@@ -14,9 +14,9 @@ from services.relay.plans import PlanMemory
 from services.relay.upstream import Upstream
 from services.runtime.errors import UnavailableError
 from services.runtime.failpoints import hit
-from services.wire.convert import to_signed
+from services.wire.convert import to_announcement
 from services.wire.objects import check_object_id, read_chunk
-from services.wire.types import SignedManifest
+from services.wire.types import Announcement
 
 _Watch = grpc.aio.ServicerContext[weights_pb2.WatchPolicyRequest, weights_pb2.WatchPolicyResponse]
 _Plan = grpc.aio.ServicerContext[weights_pb2.GetPlanRequest, weights_pb2.GetPlanResponse]
@@ -37,10 +37,10 @@ class RelayWeightService(weights_pb2_grpc.WeightServiceServicer):
         self, request: weights_pb2.WatchPolicyRequest, context: _Watch
     ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
         """*Waits for* announcements; *produces* the newest at once and after each change; ends at the relay's drain."""
-        seen: SignedManifest | None = None
+        seen: Announcement | None = None
         while (seen := await self._upstream.wait_for_change(seen)) is not None:
             self._plans.check_run(request.run_id)
-            yield weights_pb2.WatchPolicyResponse(manifest=to_signed(seen))
+            yield to_announcement(seen)
 
     async def GetPlan(self, request: weights_pb2.GetPlanRequest, context: _Plan) -> weights_pb2.GetPlanResponse:
         return await self._plans.answer(request)

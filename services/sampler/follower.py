@@ -1,7 +1,8 @@
 """Follows the learner's policy: what is announced is fetched, decoded and verified while generating goes on.
 
-    WatchPolicy ─► newest target ─► GetPlan(have root) ─► FetchObject ─► apply ─► root, signature, finite ─► engine.load
-                   (older ones are skipped)                  └ cut: resume      └ wrong: discard, keyframe, count
+    WatchPolicy ─► newest target ─► way to it ─► FetchObject ─► apply ─► root, signature, finite ─► engine.load
+                   (older ones are skipped)         └ cut: resume      └ wrong: discard, keyframe, count
+    way: the announced update, tried once, where it starts from what is held; else GetPlan(have root)
 
 Guarantee: the engine never holds weights whose root is not that of a manifest with a good signature.
 """
@@ -32,19 +33,18 @@ from services.sampler.backoff import Backoff
 from services.sampler.delays import NO_DELAYS, Delays
 from services.sampler.engine import Engine
 from services.sampler.object_cache import ObjectCache
+from services.sampler.plan_fetch import fetching
 from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSource, WeightSources
-from services.wire.convert import from_plan, from_signed
+from services.wire.convert import from_announcement, from_plan
 from services.wire.delta import BitTensor, WrongBaseError, apply_update, validate_names_shapes
 from services.wire.errors import from_rpc_error
 from services.wire.signing import verify
-from services.wire.types import FetchProgress, Manifest, ObjectRef, Plan, PlanStep, SignedManifest
+from services.wire.types import Announcement, Manifest, Plan, PlanStep, SignedManifest
 
 _log = get_logger("sampler.follower")
 _PLAN_TIMEOUT_S = 30.0
 _RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError, WrongBaseError, StorageError)
-_SPEED_GAIN = 0.3
-_SPEED_WINDOW_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +86,8 @@ class Follower:
         self._spare: Mapping[str, BitTensor] | None = None
         """Memory of a version that neither we nor the engine need any more: the next one is decoded into it."""
         self._target: Manifest | None = None
+        self._offered: Announcement | None = None
+        """The newest announcement, until its update was tried once: after a failure GetPlan finds the way."""
         self._announced = asyncio.Event()
         self._keyframe_only = False
         self._refused: set[str] = set()
@@ -109,7 +111,7 @@ class Follower:
             call = self._sources.learner.stub.WatchPolicy(weights_pb2.WatchPolicyRequest(run_id=self._run_id))
             try:
                 while isinstance(message := await call.read(), weights_pb2.WatchPolicyResponse):
-                    self._announce(self._check_signed(from_signed(message.manifest)))
+                    self._announce(from_announcement(message))
                     backoff.reset()
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
@@ -152,8 +154,9 @@ class Follower:
         async with self._loaded:
             await self._loaded.wait_for(lambda: self.version >= version)
 
-    def _announce(self, manifest: Manifest) -> None:
-        self._target = manifest
+    def _announce(self, announcement: Announcement) -> None:
+        self._target = self._check_signed(announcement.manifest)
+        self._offered = announcement
         self._announced.set()
 
     async def _next_target(self) -> None:
@@ -165,10 +168,11 @@ class Follower:
         if self._target is not None and self._target.root in self._refused:
             return False  # the old version serves on, and only another version is worth a try
         source = self._sources.current
+        announced = self._announced_plan()
         error: HeteroRLError
         local = True
         try:
-            self._held = await self._catch_up(source)
+            self._held = await self._catch_up(source, announced)
             self._backoff.reset()
             return True
         except grpc.aio.AioRpcError as rpc_error:
@@ -179,6 +183,9 @@ class Follower:
             self._tally.fetch = None
         if self._sources.failed(source, error):
             self._announced.set()  # at once, from the learner: a relay's plan judges neither the version nor our copy
+        elif announced is not None and not isinstance(error, UnavailableError | ExhaustedError | StorageError):
+            _log.warning("announced_update_dropped", error=error)
+            self._announced.set()  # at once, with a plan: this judges neither the version nor our copy
         elif isinstance(error, _RETRIED):
             await self._prepare_retry(error)
         elif local and isinstance(error, InvalidWeightsError):
@@ -206,15 +213,25 @@ class Follower:
         await asyncio.sleep(wait_s)
         self._announced.set()
 
-    async def _catch_up(self, source: WeightSource) -> HeldPolicy:
-        """With a plan of `source`. Raises AioRpcError, BadInputError and its subclasses, UnavailableError for a plan to
-        an older version than the announced one, and what ObjectCache.fetch raises."""
+    def _announced_plan(self) -> Plan | None:
+        """The announced update, where it starts from what is held, or from nothing where nothing is. It is tried once:
+        whatever it fails with, GetPlan finds the way from then on."""
+        offered, self._offered, held = self._offered, None, self._held
+        if offered is None or offered.update is None or self._keyframe_only:
+            return None
+        if offered.update.base_root != ("" if held is None else held.root):
+            return None
+        return Plan(target=offered.manifest, steps=(offered.update,))
+
+    async def _catch_up(self, source: WeightSource, announced: Plan | None) -> HeldPolicy:
+        """With what was announced, or a plan of `source`. Raises AioRpcError, BadInputError and its subclasses,
+        UnavailableError for a plan to an older version than the announced one, and what ObjectCache.fetch raises."""
         held, target = self._held, self._target
         assert target is not None, "something was announced"
         if held is not None and held.root == target.root:  # a step that changed no bit still makes a version
             return HeldPolicy(weights=held.weights, version=target.version, root=held.root)
         started = time.monotonic()
-        plan = await self._plan(source, held, target)
+        plan = announced or await self._plan(source, held, target)
         manifest = self._check_signed(plan.target)
         if (manifest.learner_epoch, manifest.version) < (target.learner_epoch, target.version):
             raise UnavailableError(f"a plan leads to version {manifest.version}, and {target.version} is announced")
@@ -222,12 +239,13 @@ class Follower:
             raise InvalidWeightsError(f"version {manifest.version} has been refused before")
         _check_chain(plan, manifest, held)
         base = None if held is None else held.weights
-        files = await self._fetch_all(plan)
-        for step, paths in files:
-            spare, self._spare = self._spare, None
-            before, base = base, await asyncio.to_thread(self._apply, step, paths, base, spare)
-            if held is None or before is not held.weights:
-                self._spare = before  # between two steps of a plan
+        async with fetching(self._cache, plan, self._tally, len(source.readers)) as fetch:
+            for step in plan.steps:
+                paths = await fetch.files(step)
+                spare, self._spare = self._spare, None
+                before, base = base, await asyncio.to_thread(self._apply, step, paths, base, spare)
+                if held is None or before is not held.weights:
+                    self._spare = before  # between two steps of a plan
         assert base is not None, "a plan from nothing has a step"
         failpoints.hit("follow.after_apply")
         reference = base if held is None else held.weights
@@ -240,7 +258,7 @@ class Follower:
             version=manifest.version,
             root=manifest.root,
             base_version=None if held is None else held.version,
-            plan_from=source.name,
+            plan_from=source.name if announced is None else "announcement",
             steps="+".join(step.kind.name.lower() for step in plan.steps),
             bytes=plan.total_bytes,
             seconds=round(time.monotonic() - started, 3),
@@ -258,23 +276,6 @@ class Follower:
         )
         answer = await source.stub.GetPlan(request, timeout=_PLAN_TIMEOUT_S, wait_for_ready=source.wait_for_ready)
         return from_plan(answer)
-
-    async def _fetch_all(self, plan: Plan) -> list[tuple[PlanStep, list[Path]]]:
-        progress = _Progress(self._tally, plan)
-        wanted = [ref.object_id for step in plan.steps for ref in step.objects]
-        self._cache.evict(wanted)
-        fetched: list[tuple[PlanStep, list[Path]]] = []
-        started = time.monotonic()
-        try:
-            for step in plan.steps:
-                paths: list[Path] = []
-                for ref in step.objects:
-                    paths.append(await self._cache.fetch(ref, progress.received))
-                    progress.finished(ref)
-                fetched.append((step, paths))
-        finally:
-            self._tally.fetch_s += time.monotonic() - started
-        return fetched
 
     def _apply(
         self,
@@ -322,43 +323,6 @@ class Follower:
             version=held.version,
             root=held.root,
             swap_pause_ms=round(1000 * self._tally.swap_pause_s, 1),
-        )
-
-
-class _Progress:
-    """Bytes of a plan as they come, with a smoothed speed."""
-
-    def __init__(self, tally: Tally, plan: Plan) -> None:
-        self._tally = tally
-        self._version = plan.target.decoded.version
-        self._total = plan.total_bytes
-        self._done = self._finished = 0
-        self._speed = 0.0
-        self._window_bytes = 0
-        self._window_start = time.monotonic()
-        self._show()
-
-    def received(self, size: int) -> None:
-        """Chunks come in bursts: speed is that of half a second, smoothed."""
-        self._window_bytes += size
-        passed_s = time.monotonic() - self._window_start
-        if passed_s >= _SPEED_WINDOW_S:
-            speed = self._window_bytes / passed_s
-            self._speed = speed if not self._speed else self._speed + _SPEED_GAIN * (speed - self._speed)
-            self._window_bytes, self._window_start = 0, time.monotonic()
-        self._done += size
-        self._tally.weights_bytes += size
-        self._show()
-
-    def finished(self, ref: ObjectRef) -> None:
-        """Counts an object as done, whether it came now or lay on disk."""
-        self._finished += ref.size_bytes
-        self._done = self._finished
-        self._show()
-
-    def _show(self) -> None:
-        self._tally.fetch = FetchProgress(
-            target_version=self._version, bytes_done=self._done, bytes_total=self._total, bytes_per_s=self._speed
         )
 
 

@@ -7,6 +7,7 @@ state_dir/objects/<sha256>…part    what has come so far (object_ranges.py): a 
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.runtime import failpoints
@@ -23,7 +24,7 @@ _log = get_logger("sampler.objects")
 
 
 class ObjectCache:
-    """Fetches one object at a time; keeps at most `max_bytes`, oldest first out."""
+    """Keeps at most `max_bytes`, oldest first out. Different objects may be fetched at the same time."""
 
     def __init__(self, directory: Path, sources: WeightSources, max_bytes: int) -> None:
         self._directory = directory
@@ -33,8 +34,9 @@ class ObjectCache:
         with storage_errors(f"make folder {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
 
-    async def fetch(self, ref: ObjectRef, received: Callable[[int], None]) -> Path:
-        """The file of a verified object. `received` is told the bytes of each chunk as it arrives.
+    async def fetch(self, ref: ObjectRef, received: Callable[[int], None], lane: int | None = None) -> Path:
+        """The file of a verified object. `received` is told the bytes of each chunk as it arrives. `lane` is the number
+        of the channel that it comes by; None: each channel brings a range of it.
 
         Raises UnavailableError (cut, stalled, a chunk damaged: what came whole is kept, call again), ObjectGoneError
         (ask for a new plan), CorruptObjectError (not the object's bytes: they are removed), StorageError.
@@ -45,7 +47,7 @@ class ObjectCache:
         while True:
             source = self._sources.current
             try:
-                await self._fetch_from(source, path, ref, received)
+                await self._fetch_from(source, lane, path, ref, received)
             except StorageError:
                 self._remove_unwanted(0)  # a full disk: the next try finds what room there is
                 raise
@@ -56,16 +58,18 @@ class ObjectCache:
                 return path
 
     async def _fetch_from(
-        self, source: WeightSource, path: Path, ref: ObjectRef, received: Callable[[int], None]
+        self, source: WeightSource, lane: int | None, path: Path, ref: ObjectRef, received: Callable[[int], None]
     ) -> None:
-        ranges = ranges_of(path, ref.size_bytes, len(source.readers))
+        readers = source.readers if lane is None else (source.readers[lane % len(source.readers)],)
+        fetch = _Fetch(source=source.name, readers=readers, ref=ref, received=received)
+        ranges = ranges_of(path, ref.size_bytes, len(readers))
         with storage_errors(f"write {ranges[0].path}"):
-            resumed, digest = await self._fetch_rest(source, ranges, ref, received)
+            resumed, digest = await self._fetch_rest(fetch, ranges)
             if resumed and digest != ref.object_id:
                 # What lay on disk may be a relay's, or damaged: judge the source by bytes of its own alone.
                 _log.warning("part_discarded", object_id=ref.object_id)
                 discard(ranges)
-                _, digest = await self._fetch_rest(source, ranges, ref, received)
+                _, digest = await self._fetch_rest(fetch, ranges)
             if digest != ref.object_id:
                 discard(ranges)
                 raise CorruptObjectError("a fetched object does not have its digest: a keyframe is fetched")
@@ -92,9 +96,7 @@ class ObjectCache:
                     file.unlink()
                 total -= size
 
-    async def _fetch_rest(
-        self, source: WeightSource, ranges: list[Range], ref: ObjectRef, received: Callable[[int], None]
-    ) -> tuple[bool, str]:
+    async def _fetch_rest(self, fetch: "_Fetch", ranges: list[Range]) -> tuple[bool, str]:
         """Completes all ranges at the same time: (whether some of it was there before, the digest of all). Hashing as
         bytes come costs no time on a link; what the disk does to them later is found by the update's own digest."""
         parts = [await asyncio.to_thread(begin, part) for part in ranges]
@@ -102,8 +104,8 @@ class ObjectCache:
         digest = parts[0].digest
         assert digest is not None, "the first range is hashed"
         tasks = [
-            asyncio.create_task(self._fetch_range(source.name, reader, ref, part, received))
-            for reader, part in zip(source.readers, parts, strict=False)
+            asyncio.create_task(self._fetch_range(fetch, reader, part))
+            for reader, part in zip(fetch.readers, parts, strict=False)
         ]
         try:
             await asyncio.gather(*tasks)
@@ -115,35 +117,70 @@ class ObjectCache:
             await asyncio.to_thread(join, ranges, digest)
         return resumed, digest.hexdigest()
 
-    async def _fetch_range(
-        self, source: SourceName, reader: ObjectReader, ref: ObjectRef, part: Progress, received: Callable[[int], None]
-    ) -> None:
-        end = part.range.end
-        if part.offset == end:
+    async def _fetch_range(self, fetch: "_Fetch", reader: ObjectReader, part: Progress) -> None:
+        """A chunk is hashed and written while the next one comes."""
+        end, arrived = part.range.end, part.offset
+        if arrived == end:
             return
         with part.range.path.open("ab") as file:
-            rest = 0 if end == ref.size_bytes else end
-            async with contextlib.aclosing(reader.read(ref.object_id, part.offset, rest)) as chunks:
+            rest = 0 if end == fetch.ref.size_bytes else end
+            async with (
+                _Writing(part, file.fileno()) as writing,
+                contextlib.aclosing(reader.read(fetch.ref.object_id, arrived, rest)) as chunks,
+            ):
                 async for data in chunks:
-                    if part.offset + len(data) > end:
+                    arrived += len(data)
+                    if arrived > end:
                         raise UnavailableError("a chunk goes beyond its object")
-                    received(len(data))
-                    self._sources.received_bytes[source] += len(data)
-                    await _to_its_end(part.append, file.fileno(), data)
-                    if part.offset == end:
+                    fetch.received(len(data))
+                    self._sources.received_bytes[fetch.source] += len(data)
+                    await writing.put(data)
+                    if arrived == end:
                         break
-        if part.offset < end:
+        if arrived < end:
             raise UnavailableError("the fetch ended before the object did")
 
 
-async def _to_its_end(work: Callable[[int, bytes], None], descriptor: int, data: bytes) -> None:
-    """Runs in a thread, and waits for it even when cancelled: the file stays open until nobody writes to it."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, descriptor, data))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fetch:
+    """An object, the channels that it comes by, and who hears of its bytes."""
+
+    source: SourceName
+    readers: tuple[ObjectReader, ...]
+    ref: ObjectRef
+    received: Callable[[int], None]
+
+
+class _Writing:
+    """Puts the chunks of a range on disk in a thread, one behind the network. Its end waits for the last one, even when
+    cancelled: the file stays open until nobody writes to it."""
+
+    def __init__(self, part: Progress, descriptor: int) -> None:
+        self._part = part
+        self._descriptor = descriptor
+        self._running: asyncio.Future[None] | None = None
+
+    async def put(self, data: bytes) -> None:
+        """Raises what writing the chunk before raised."""
+        await self._settle()
+        self._running = asyncio.ensure_future(asyncio.to_thread(self._part.append, self._descriptor, data))
+
+    async def __aenter__(self) -> "_Writing":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._settle()
+
+    async def _settle(self) -> None:
+        if self._running is None:
+            return
+        try:
+            await asyncio.shield(self._running)
+        except asyncio.CancelledError:
+            await asyncio.wait([self._running])
+            raise
+        finally:
+            self._running = None
 
 
 def _holds(path: Path, ref: ObjectRef) -> bool:

@@ -218,6 +218,14 @@ class PlanStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """A version; `update` is the one that was made for it, or None where a plan has to be asked for."""
+
+    manifest: SignedManifest
+    update: PlanStep | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     target: SignedManifest
     steps: tuple[PlanStep, ...]

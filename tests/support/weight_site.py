@@ -6,7 +6,7 @@ learner_site ── (WanLink) ── relay_site ── (WanLink) ── followin
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,12 @@ class LearnerSite:
     def root(self) -> str:
         return self.publisher.latest.version.root
 
+    def update_bytes(self, version: int) -> int:
+        """Of the update that was made for `version`."""
+        update = self.versions.rows[version].update
+        assert update is not None
+        return sum(ref.size_bytes for ref in update.objects)
+
 
 @contextmanager
 def chunks_of(size_bytes: int) -> Generator[None]:
@@ -93,6 +99,17 @@ class RecordingPlanner(Planner):
         return self.plans[-1]
 
 
+class OldWeightService(WeightService):
+    """Of a release that announces versions without their updates."""
+
+    async def WatchPolicy(
+        self, request: weights_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
+        async for message in super().WatchPolicy(request, context):
+            message.ClearField("update")
+            yield message
+
+
 @asynccontextmanager
 async def learner_site(
     folder: Path,
@@ -102,6 +119,7 @@ async def learner_site(
     epoch: int = 1,
     stall_s: float = 60.0,
     credentials: grpc.ServerCredentials | None = None,
+    kind: type[WeightService] = WeightService,
     **settings: object,
 ) -> AsyncGenerator[LearnerSite]:
     """A learner's half of WeightService on `folder`; on the same folder again, it is restarted."""
@@ -115,7 +133,7 @@ async def learner_site(
     planner = RecordingPlanner(store=store, versions=versions, publisher=publisher, settings=section, run_id=RUN_ID)
     planner.plans = []
     traffic, drain = Traffic(section.max_mbit_s), asyncio.Event()
-    service = WeightService(
+    service = kind(
         run_id=RUN_ID, publisher=publisher, planner=planner, store=store, traffic=traffic, drain=drain, stall_s=stall_s
     )
     server = build_server("learner", server_interceptors(RULES))
@@ -276,14 +294,22 @@ async def _begin(follower: Follower, engine: RecordingEngine, held: tuple[Weight
     await follower._note_loaded(first)
 
 
+async def _at_once(_: object) -> None: ...
+
+
 class Tampering(weights_pb2_grpc.WeightServiceServicer):
-    """Forwards everything to `upstream`. `tamper` gets all chunks of a fetch; `plan` changes a plan."""
+    """Forwards everything to `upstream`. `tamper` gets all chunks of a fetch; `plan` changes a plan, `announcement` an
+    announcement; a fetch waits for `before`."""
 
     def __init__(self, upstream: Address) -> None:
         self._channel = dial(upstream)
         self._stub = weights_pb2_grpc.WeightServiceStub(self._channel)
         self.tamper: Callable[[list[Fetched]], list[Fetched]] = lambda chunks: chunks
         self.plan: Callable[[weights_pb2.GetPlanResponse], weights_pb2.GetPlanResponse] = lambda plan: plan
+        self.announcement: Callable[[weights_pb2.WatchPolicyResponse], weights_pb2.WatchPolicyResponse] = lambda one: (
+            one
+        )
+        self.before: Callable[[weights_pb2.FetchObjectRequest], Awaitable[object]] = _at_once
         self.fetches: list[weights_pb2.FetchObjectRequest] = []
         self.plans: list[weights_pb2.GetPlanRequest] = []
 
@@ -291,7 +317,7 @@ class Tampering(weights_pb2_grpc.WeightServiceServicer):
         self, request: weights_pb2.WatchPolicyRequest, context: object
     ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
         async for message in self._stub.WatchPolicy(request):
-            yield message
+            yield self.announcement(message)
 
     async def GetPlan(
         self, request: weights_pb2.GetPlanRequest, context: grpc.aio.ServicerContext
@@ -303,7 +329,12 @@ class Tampering(weights_pb2_grpc.WeightServiceServicer):
         self, request: weights_pb2.FetchObjectRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Fetched]:
         self.fetches.append(request)
-        for chunk in self.tamper([chunk async for chunk in self._stub.FetchObject(request)]):
+        await self.before(request)
+        try:
+            chunks = [chunk async for chunk in self._stub.FetchObject(request)]
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata()))
+        for chunk in self.tamper(chunks):
             yield chunk
 
     async def close(self) -> None:

@@ -152,18 +152,27 @@ class WatchPolicyResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MANIFEST_FIELD_NUMBER: builtins.int
+    UPDATE_FIELD_NUMBER: builtins.int
     @property
     def manifest(self) -> Global___SignedManifest:
         """The newest version."""
+
+    @property
+    def update(self) -> Global___PlanStep:
+        """The update that was made for it, so that a caller who holds its base needs no plan. Absent where the version has
+        none (no bit changed, or the learner was restored), and from servers that do not know the field: ask for a plan.
+        It is not signed: its objects are `Manifest.update_bytes` in all, and what they make must have `Manifest.root`.
+        """
 
     def __init__(
         self,
         *,
         manifest: Global___SignedManifest | None = ...,
+        update: Global___PlanStep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["manifest", b"manifest"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["manifest", b"manifest", "update", b"update"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["manifest", b"manifest"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["manifest", b"manifest", "update", b"update"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WatchPolicyResponse: typing_extensions.TypeAlias = WatchPolicyResponse

@@ -38,8 +38,10 @@ from services.wire.convert.shared import (
 from services.wire.convert.weights import (
     decode_manifest,
     encode_manifest,
+    from_announcement,
     from_plan,
     from_signed,
+    to_announcement,
     to_plan,
     to_signed,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "decode_manifest",
     "encode_group",
     "encode_manifest",
+    "from_announcement",
     "from_engine",
     "from_envelope",
     "from_grader",
@@ -63,6 +66,7 @@ __all__ = [
     "from_signed",
     "from_verdict",
     "model_files_sha256",
+    "to_announcement",
     "to_engine",
     "to_envelope",
     "to_grader",

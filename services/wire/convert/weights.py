@@ -1,6 +1,7 @@
-"""Manifests and plans."""
+"""Manifests, announcements and plans."""
 
 from heterorl.v1 import weights_pb2
+from services.runtime.errors import BadInputError
 from services.wire import types as t
 from services.wire.convert.shared import enum_of, from_objects, parse, to_object
 
@@ -50,34 +51,57 @@ def from_signed(message: weights_pb2.SignedManifest) -> t.SignedManifest:
     )
 
 
+def to_announcement(announcement: t.Announcement) -> weights_pb2.WatchPolicyResponse:
+    update = announcement.update
+    return weights_pb2.WatchPolicyResponse(
+        manifest=to_signed(announcement.manifest), update=None if update is None else _to_step(update)
+    )
+
+
+def from_announcement(message: weights_pb2.WatchPolicyResponse) -> t.Announcement:
+    """An update that is not what the manifest says of it is left out: the plan for that version is asked for."""
+    manifest = from_signed(message.manifest)
+    try:
+        update = _from_step(message.update) if message.HasField("update") else None
+    except BadInputError:
+        update = None
+    if update is not None and not _may_be_of(update, manifest.decoded):
+        update = None
+    return t.Announcement(manifest=manifest, update=update)
+
+
+def _may_be_of(update: t.PlanStep, manifest: t.Manifest) -> bool:
+    """Whether it leads to the version in as many bytes as the manifest says; a claim of any size ends here."""
+    size_bytes = sum(ref.size_bytes for ref in update.objects)
+    whole = size_bytes == manifest.update_bytes and all(ref.size_bytes for ref in update.objects)
+    return update.target_root == manifest.root and bool(update.objects) and whole
+
+
 def to_plan(plan: t.Plan) -> weights_pb2.GetPlanResponse:
     return weights_pb2.GetPlanResponse(
-        target=to_signed(plan.target),
-        steps=[
-            weights_pb2.PlanStep(
-                kind=weights_pb2.UpdateKind.ValueType(step.kind.value),
-                base_root=step.base_root,
-                target_root=step.target_root,
-                target_version=step.target_version,
-                objects=[to_object(ref) for ref in step.objects],
-            )
-            for step in plan.steps
-        ],
-        total_bytes=plan.total_bytes,
+        target=to_signed(plan.target), steps=[_to_step(step) for step in plan.steps], total_bytes=plan.total_bytes
     )
 
 
 def from_plan(message: weights_pb2.GetPlanResponse) -> t.Plan:
-    return t.Plan(
-        target=from_signed(message.target),
-        steps=tuple(
-            t.PlanStep(
-                kind=enum_of(t.UpdateKind, step.kind),
-                base_root=step.base_root,
-                target_root=step.target_root,
-                target_version=step.target_version,
-                objects=from_objects(step.objects),
-            )
-            for step in message.steps
-        ),
+    return t.Plan(target=from_signed(message.target), steps=tuple(_from_step(step) for step in message.steps))
+
+
+def _to_step(step: t.PlanStep) -> weights_pb2.PlanStep:
+    return weights_pb2.PlanStep(
+        kind=weights_pb2.UpdateKind.ValueType(step.kind.value),
+        base_root=step.base_root,
+        target_root=step.target_root,
+        target_version=step.target_version,
+        objects=[to_object(ref) for ref in step.objects],
+    )
+
+
+def _from_step(message: weights_pb2.PlanStep) -> t.PlanStep:
+    return t.PlanStep(
+        kind=enum_of(t.UpdateKind, message.kind),
+        base_root=message.base_root,
+        target_root=message.target_root,
+        target_version=message.target_version,
+        objects=from_objects(message.objects),
     )

@@ -8,7 +8,7 @@ import pytest
 
 from heterorl.v1 import weights_pb2
 from services.wire.delta import root_of
-from tests.support.weight_site import Fetched, Tampering, following, learner_site, tampering
+from tests.support.weight_site import Fetched, OldWeightService, Tampering, following, learner_site, tampering
 from tests.unit.learner.weights_of_tests import make_weights, nudged
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -81,13 +81,25 @@ async def test_a_damaged_fetch_is_found_and_the_right_weights_follow(
         once(service, fault)
         async with following(tmp_path / "s", address, site.public_key) as sampler:
             assert len(service.fetches) == 2
-            forgery = fault is forged
-            assert sampler.tally.keyframes_refetched == forgery
+            assert len(service.plans) == 1, "the announced update is tried once"
+            assert sampler.tally.keyframes_refetched == 0
             assert (service.fetches[1].offset == 0) == (fault in (forged, misplaced, empty))
             once(service, fault)
             await site.publisher.publish(1, weights := nudged(weights, 1, 800))
             assert await sampler.reach(1) == root_of(weights)
-            assert sampler.tally.keyframes_refetched == 2 * forgery
+            assert sampler.tally.keyframes_refetched == 0
+
+
+async def test_a_fetch_that_is_forged_twice_leads_to_a_keyframe(tmp_path: Path) -> None:
+    async with learner_site(tmp_path / "learner") as site, tampering(site.address) as (address, service):
+        await site.publisher.publish(0, weights := make_weights(1))
+        async with following(tmp_path / "s", address, site.public_key) as sampler:
+            twice = [forged, forged]
+            service.tamper = lambda chunks: twice.pop()(chunks) if twice else chunks
+            await site.publisher.publish(1, weights := nudged(weights, 1, 800))
+            assert await sampler.reach(1) == root_of(weights)
+            assert [plan.keyframe_only for plan in service.plans] == [False, True]
+            assert sampler.tally.keyframes_refetched == 1
 
 
 async def test_bytes_after_an_objects_end_are_not_taken(tmp_path: Path) -> None:
@@ -96,7 +108,7 @@ async def test_bytes_after_an_objects_end_are_not_taken(tmp_path: Path) -> None:
         service.tamper = appended
         async with following(tmp_path / "s", address, site.public_key) as sampler:
             assert sampler.follower.root == site.root
-            assert sampler.sources.received_bytes["learner"] == site.planner.plans[0].total_bytes
+            assert sampler.sources.received_bytes["learner"] == site.update_bytes(0)
 
 
 async def test_a_relay_that_forges_bytes_is_left_for_the_learner(tmp_path: Path) -> None:
@@ -107,14 +119,16 @@ async def test_a_relay_that_forges_bytes_is_left_for_the_learner(tmp_path: Path)
             assert sampler.follower.root == site.root
             assert sampler.sources.fallbacks == 1
             assert sampler.tally.keyframes_refetched == 0, "the fault was the relay's, not the version's"
-            assert sampler.sources.received_bytes["learner"] == site.planner.plans[0].total_bytes
+            assert sampler.sources.received_bytes["learner"] == site.update_bytes(0)
+            fetches = len(service.fetches)
             await site.publisher.publish(1, nudged(weights, 1))
             assert await sampler.reach(1) == site.root
-            assert len(service.plans) == 1, "it is not asked again so soon"
+            assert len(service.fetches) == fetches, "it is not asked again so soon"
 
 
 async def test_a_relay_that_withholds_versions_is_left_for_the_learner(tmp_path: Path) -> None:
-    async with learner_site(tmp_path / "learner") as site, tampering(site.address) as (relay, service):
+    learner = learner_site(tmp_path / "learner", kind=OldWeightService)
+    async with learner as site, tampering(site.address) as (relay, service):
         await site.publisher.publish(0, weights := make_weights(1))
         async with following(tmp_path / "s", site.address, site.public_key, relay=relay) as sampler:
             old = weights_pb2.GetPlanResponse(target={"manifest": site.publisher.latest.version.manifest.manifest})
@@ -127,7 +141,8 @@ async def test_a_relay_that_withholds_versions_is_left_for_the_learner(tmp_path:
 
 async def test_a_relay_whose_plan_leads_elsewhere_spoils_neither_version_nor_copy(tmp_path: Path) -> None:
     """It names real objects, of other weights: every digest is right, only the root is not."""
-    async with learner_site(tmp_path / "learner") as site, tampering(site.address) as (relay, service):
+    learner = learner_site(tmp_path / "learner", kind=OldWeightService)
+    async with learner as site, tampering(site.address) as (relay, service):
         await site.publisher.publish(0, weights := make_weights(1))
         async with following(tmp_path / "s", site.address, site.public_key, relay=relay) as sampler:
             await site.publisher.publish(1, first := nudged(weights, 1))

@@ -36,8 +36,7 @@ async def test_a_cut_holds_a_fetch_back_and_healing_ends_it_without_a_byte_twice
             assert begun.done()
             assert healed.done()
             assert sampler.follower.root == site.root
-            assert sampler.sources.received_bytes["learner"] == site.planner.plans[0].total_bytes
-            assert len(site.planner.plans) == 1
+            assert sampler.sources.received_bytes["learner"] == site.update_bytes(0)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -58,7 +57,7 @@ async def test_resets_at_random_bytes_cost_no_more_than_the_chunk_they_fall_in(t
             resets.cancel()
             assert sampler.follower.root == site.root
             assert link.counters.connections > 2
-            assert sampler.sources.received_bytes["learner"] == site.planner.plans[0].total_bytes
+            assert sampler.sources.received_bytes["learner"] == site.update_bytes(0)
 
 
 async def test_a_stalled_link_is_given_up_and_taken_up_again_where_it_was(tmp_path: Path) -> None:
@@ -114,10 +113,7 @@ async def test_one_copy_crosses_the_link_for_a_site_of_four(tmp_path: Path) -> N
 
             for number in range(4):
                 tasks.create_task(one(f"s{number}"))
-        objects = {
-            ref.object_id: ref.size_bytes for plan in site.planner.plans for s in plan.steps for ref in s.objects
-        }
-        assert site.traffic.of("relay").bytes_sent == sum(objects.values())
+        assert site.traffic.of("relay").bytes_sent == site.update_bytes(0) + site.update_bytes(1)
         assert site.traffic.bytes_sent == site.traffic.of("relay").bytes_sent
 
 
@@ -136,7 +132,7 @@ async def test_four_channels_fetch_disjoint_ranges_and_resume_each_where_it_was(
         async with following(tmp_path / "s", link.address, site.public_key, channels=4) as sampler:
             resets.cancel()
             assert sampler.follower.root == site.root
-            assert sampler.sources.received_bytes["learner"] == site.planner.plans[0].total_bytes, "no byte twice"
+            assert sampler.sources.received_bytes["learner"] == site.update_bytes(0), "no byte twice"
             assert link.counters.connections > 4 + 2
             assert [path for path in sampler.folder.iterdir() if path.suffix == ".part"] == []
 
@@ -147,7 +143,7 @@ async def test_a_receivers_channels_share_its_byte_budget_and_receivers_do_not(t
         await site.publisher.publish(0, make_weights(1, 600_000))
         began = time.monotonic()
         async with following(tmp_path / "a", site.address, site.public_key, name="a", channels=2):
-            least_s = site.planner.plans[0].total_bytes * 8 / 8e6
+            least_s = site.update_bytes(0) * 8 / 8e6
             alone_s = time.monotonic() - began
             assert alone_s > 0.95 * least_s
         async with (
@@ -156,4 +152,4 @@ async def test_a_receivers_channels_share_its_byte_budget_and_receivers_do_not(t
         ):
             assert b.follower.root == c.follower.root == site.root
         assert site.traffic.of("b").free_at_s > site.traffic.of("a").free_at_s + 0.95 * least_s
-        assert site.traffic.of("a").bytes_sent == site.traffic.of("c").bytes_sent == site.planner.plans[0].total_bytes
+        assert site.traffic.of("a").bytes_sent == site.traffic.of("c").bytes_sent == site.update_bytes(0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from services.wire.delta import BitTensor, Weights, root_of
 from services.wire.types import UpdateKind
-from tests.support.weight_site import LearnerSite, following, learner_site
+from tests.support.weight_site import LearnerSite, OldWeightService, following, learner_site
 from tests.unit.learner.weights_of_tests import make_weights, nudged
 
 
@@ -77,7 +77,7 @@ async def test_a_sampler_ahead_of_a_restored_learner_goes_back_with_one_plan(tmp
 
 
 async def test_an_object_that_was_collected_under_way_leads_to_a_new_plan(tmp_path: Path) -> None:
-    async with learner_site(tmp_path / "learner", keep_versions=2) as site:
+    async with learner_site(tmp_path / "learner", keep_versions=2, kind=OldWeightService) as site:
         history = await publish(site, 1)
         async with following(tmp_path / "s", site.address, site.public_key) as sampler:
             await sampler.reach(1)
