@@ -6,6 +6,7 @@ The loss of the batch is the sum over its micro-batches, so that the result does
 blocks: the learner calls `step` in a thread.
 """
 
+import bisect
 import math
 import time
 from collections import Counter
@@ -31,6 +32,9 @@ from services.runtime.log import get_logger
 from services.wire.delta import Weights
 
 _log = get_logger("learner.trainer")
+
+AGE_BINS_S = (0, 1, 10, 60, 300, 1800)
+"""Where each bin of the ages begins, in seconds; it ends where the next begins, and the last one never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +167,7 @@ class Trainer:
 
 
 def group_metrics(groups: Sequence[TrainGroup], batch: RowBatch) -> dict[str, float]:
-    """What a step reports about its groups: rewards, staleness (with its histogram), ages, lengths."""
+    """What a step reports about its groups: rewards, staleness and ages (each with its histogram), lengths."""
     rewards_B = batch.loss_inputs.rewards_B
     lengths_B = batch.loss_inputs.mask_BT.sum(1).double()
     overlong_B = batch.loss_inputs.overlong_B
@@ -182,4 +186,6 @@ def group_metrics(groups: Sequence[TrainGroup], batch: RowBatch) -> dict[str, fl
         "completion_tokens_max": float(lengths_B.max()),
         "overlong_share": 0.0 if overlong_B is None else float(overlong_B.double().mean()),
     }
+    age_bins = Counter(bisect.bisect_right(AGE_BINS_S, max(age, 0.0)) - 1 for age in ages)
+    metrics |= {f"age_{first}s": float(age_bins[place]) for place, first in enumerate(AGE_BINS_S)}
     return metrics | {f"staleness_{versions}": float(count) for versions, count in sorted(Counter(staleness).items())}

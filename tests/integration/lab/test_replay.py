@@ -129,3 +129,66 @@ def test_the_command_prints_one_object_for_each_bucket_and_loss(
         ("3-8", "gspo"),
     ]
     assert all(one["grad_norm"] >= 0 for one in found)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> tuple[int, str]:
+    """Exit code and message; the command printed nothing else, and one sentence."""
+    code = main(["lab", "replay", "--run", str(run), "--policy", str(POLICY), "--device", "cpu", "--json", *words])
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("heterorl lab: ")
+    assert output.err.count("\n") == 1
+    return code, output.err
+
+
+def test_the_command_refuses_a_recording_that_is_missing_or_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, sentence = refusal(capsys, tmp_path)
+    assert code == 66
+    assert "journal.sqlite3 is not there: --run takes the state_dir of a learner" in sentence
+
+    (tmp_path / JOURNAL_FILE).touch()
+    code, sentence = refusal(capsys, tmp_path)
+    assert code == 65
+    assert "cannot be read as a learner's journal" in sentence
+
+    (tmp_path / JOURNAL_FILE).unlink()
+    write_journal(tmp_path, [None, None])
+    code, sentence = refusal(capsys, tmp_path)
+    assert code == 65
+    assert "holds no trained group yet" in sentence
+
+
+def test_the_command_refuses_a_recording_whose_groups_are_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = write_journal(tmp_path, [0, 3])
+    connection = connect(journal, "run")
+    connection.execute("UPDATE groups SET payload = x'ffff'")
+    connection.close()
+    code, sentence = refusal(capsys, tmp_path)
+    assert code == 65
+    assert "scored group" in sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "part"),
+    [
+        (("--losses", "gepoo"), 2, "no loss is called 'gepoo': nearest are gepo"),
+        (("--losses", "gepo,nothing-like-it"), 2, "no loss is called 'nothing-like-it': nearest are "),
+        (("--losses", "gepo:clip_hgih=1"), 2, "clip_hgih"),
+        (("--losses", ","), 2, "a list on the command line is empty"),
+        (("--losses", "gepo:kl_beta=1:kl_target=reference"), 2, "replay holds no reference model"),
+        (("--groups", "0"), 2, "--groups must be 1 or more"),
+        (("--policy", "/nowhere/policy"), 66, "/nowhere/policy"),
+        (("--device", "abacus"), 78, "abacus"),
+    ],
+)
+def test_the_command_refuses_words_that_mean_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], exit_code: int, part: str
+) -> None:
+    write_journal(tmp_path, [0])
+    code, sentence = refusal(capsys, tmp_path, *words)
+    assert code == exit_code
+    assert part in sentence

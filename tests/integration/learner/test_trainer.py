@@ -11,7 +11,7 @@ from services.learner.batches import TrainGroup
 from services.learner.config import OptimizerSection, PolicySection
 from services.learner.losses.settings import LossName, LossSettings
 from services.learner.policy import Policy, load_policy
-from services.learner.trainer import Trainer, TrainerSettings
+from services.learner.trainer import AGE_BINS_S, Trainer, TrainerSettings
 from tests.support.train_groups import train_group
 
 GROUPS = [train_group(seed, staleness=seed % 3) for seed in range(4)]
@@ -58,6 +58,25 @@ def test_a_step_changes_the_masters_and_says_so(policy_dir: Path) -> None:
     assert metrics["completion_tokens"] == sum(len(c.token_ids) for g in GROUPS for c in g.group.completions)
     assert metrics["age_max_s"] == 3.0
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_ages_fall_into_bins_that_hold_their_lower_end(policy_dir: Path) -> None:
+    ages = (0.0, 0.99, 1.0, 59.9, 60.0, 1e6)
+    groups = [replace(train_group(seed), age_s=age) for seed, age in enumerate(ages)]
+    metrics = make(policy_dir).step(groups).metrics
+    assert [metrics[f"age_{first}s"] for first in AGE_BINS_S] == [2.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("loss", list(LossName))
+def test_a_step_reports_every_metric_whatever_the_loss(policy_dir: Path, loss: LossName) -> None:
+    metrics = make(policy_dir, loss=loss).step(GROUPS).metrics
+    weights = {f"weight_{name}" for name in ("mean", "var", "min", "p01", "p50", "p99", "max", "ess", "ess_share")}
+    divergences = {"kl_k1", "kl_k2", "kl_k3", "entropy", "e_over_mean_q", "bias_estimate"}
+    batch = {"clip_share", "grad_norm", "advantage_mean", "staleness_0", "staleness_mean", "age_0s", "age_mean_s"}
+    assert weights | divergences | batch <= metrics.keys()
+    assert metrics["entropy"] > 0
+    assert metrics["grad_norm"] > 0
+    assert 0 < metrics["weight_ess_share"] <= 1
 
 
 def test_the_temperature_divides_the_learners_logits(policy_dir: Path) -> None:
