@@ -25,7 +25,7 @@ class LossRow:
 LOSSES: dict[LossName, LossRow] = {
     LossName.GEPO: LossRow(function=sequence_losses.gepo, advantage=Advantage.MEAN),
     LossName.GEPO_PLUS: LossRow(function=sequence_losses.gepo_plus, advantage=Advantage.MEAN),
-    LossName.GEPO_FRESH: LossRow(function=sequence_losses.gepo_fresh, advantage=Advantage.MEAN),
+    LossName.GEPO_FRESH: LossRow(function=sequence_losses.gepo_fresh),
     LossName.GSPO: LossRow(function=sequence_losses.gspo, clip=(3e-4, 4e-4)),
     LossName.GSPO_TOKEN: LossRow(function=token_losses.gspo_token, clip=(3e-4, 4e-4)),
     LossName.DEFENSIVE: LossRow(function=sequence_losses.defensive, advantage=Advantage.MEAN),

@@ -13,7 +13,7 @@ CAP = 80.0
 DEFAULTS: dict[str, tuple[str, float, float, str, str]] = {
     "gepo": ("row", 0.2, 0.2, "seq_mean", "mean"),
     "gepo_plus": ("row", 0.2, 0.2, "seq_mean", "mean"),
-    "gepo_fresh": ("row", 0.2, 0.2, "seq_mean", "mean"),
+    "gepo_fresh": ("row", 0.2, 0.2, "seq_mean", "mean_std"),
     "gspo": ("row", 3e-4, 4e-4, "seq_mean", "mean_std"),
     "gspo_token": ("token", 3e-4, 4e-4, "seq_mean", "mean_std"),
     "defensive": ("row", 0.2, 0.2, "seq_mean", "mean"),
