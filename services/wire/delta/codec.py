@@ -10,20 +10,17 @@ from typing import Protocol
 import numpy as np
 
 from services.runtime.errors import InvalidWeightsError
-from services.wire.delta.density import SPLIT_FROM_DENSITY, Encoding, Split, encode_changes, read_encoded
-from services.wire.delta.exponents import (
-    EXPONENT_SHIFT,
-    ExponentSource,
-    HostExponents,
-    pack_by_exponent,
-    read_by_exponent,
-)
+from services.wire.delta.conditioned import pack_by_exponent, read_by_exponent
+from services.wire.delta.density import Encoding, Split, encode_changes, read_encoded
+from services.wire.delta.exponents import EXPONENT_SHIFT, ExponentSource, HostExponents
 from services.wire.delta.layout import Chunk, gather, views_of
 from services.wire.delta.sparse import Changes, add_to, concatenated, scan
 from services.wire.delta.streams import StreamReader, pack_planes, read_planes
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, Weights
 
 WHOLE_FROM_DENSITY = 0.60
+CLUSTERED = 3.0
+"""The mean square of gaps over the square of their mean is at most 2 where changes fall evenly."""
 
 
 class WrongBaseError(InvalidWeightsError):
@@ -78,7 +75,7 @@ class HostComparison:
         return _scan_chunk(self.base, self.new, chunk)
 
     def exponents(self, chunk: Chunk) -> ExponentSource:
-        return HostExponents(base=gather(self.base, chunk), shift=EXPONENT_SHIFT[chunk.dtype])
+        return HostExponents.of(views_of(self.base, chunk), EXPONENT_SHIFT[chunk.dtype])
 
     def values(self, chunk: Chunk) -> Bits:
         return gather(self.new, chunk)
@@ -95,7 +92,7 @@ def encode_change(comparison: Comparison, chunk: Chunk, codec: Codec) -> tuple[b
     conditioned = codec is Codec.XC and chunk.dtype in EXPONENT_SHIFT
     if conditioned:
         candidates.append(bytes((Encoding.XC,)) + pack_by_exponent(comparison.exponents(chunk), changes))
-    if not conditioned or density >= SPLIT_FROM_DENSITY:
+    if not conditioned or _clustered(changes):
         candidates.append(encode_changes(changes))
     if density >= WHOLE_FROM_DENSITY:
         candidates.append(encode_values(comparison.values(chunk)))
@@ -120,7 +117,7 @@ def decode_chunk(payload: memoryview, chunk: Chunk, base: Weights | None) -> Who
     elif encoding == Encoding.XC:
         if base is None:
             raise WrongBaseError("an xc delta can only be read together with the version that it was made from")
-        decoded = read_by_exponent(reader, gather(base, chunk), chunk.dtype)
+        decoded = read_by_exponent(reader, views_of(base, chunk), chunk.dtype)
     else:
         decoded = read_encoded(encoding, reader, chunk.count, dtype)
     reader.end()
@@ -146,6 +143,12 @@ def write_chunk(decoded: Whole | Split | Changes | None, chunk: Chunk, base: Wei
                 first, last = np.searchsorted(decoded.positions, (offset, stop))
                 add_to(target, source, decoded.positions[first:last] - offset, decoded.differences[first:last])
         offset = stop
+
+
+def _clustered(changes: Changes) -> bool:
+    """Whether whole rows did not change, say: gaps of very different lengths are what SX codes better."""
+    gaps = np.diff(changes.positions, prepend=-1).astype(np.float64)
+    return float(gaps @ gaps) * gaps.size > CLUSTERED * float(gaps.sum()) ** 2
 
 
 def _scan_chunk(base: Weights, new: Weights, chunk: Chunk) -> Changes:

@@ -17,6 +17,7 @@ from services.wire.delta.tensors import Bits
 LENGTH = struct.Struct("<I")
 MAX_WINDOW_BYTES = 64 << 20
 MIN_COMPRESSED_BYTES = 48
+MAX_VARINT_BYTES = 5
 SAMPLE_BYTES = 32 << 10
 WORTHWHILE = 0.97
 
@@ -85,6 +86,15 @@ def pack(data: Bytes8, *, try_zstd: bool = True) -> bytes:
     return LENGTH.pack(data.size << 1) + data.tobytes()
 
 
+def varint(number: int) -> bytes:
+    """7 bits per byte, lowest first; all bytes but the last have the highest bit set."""
+    coded = bytearray()
+    while number > 0x7F:
+        coded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*coded, number))
+
+
 @dataclass(slots=True)
 class StreamReader:
     """Takes streams off a chunk's payload in order. Every method raises CorruptObjectError."""
@@ -103,6 +113,18 @@ class StreamReader:
 
     def number(self) -> int:
         return LENGTH.unpack(self.take(LENGTH.size))[0]
+
+    def varint(self) -> int:
+        """A number below 2^35, in as few bytes as it needs."""
+        number = 0
+        for shift in range(0, 7 * MAX_VARINT_BYTES, 7):
+            (byte,) = self.take(1)
+            number |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                if byte == 0 and shift:
+                    break
+                return number
+        raise CorruptObjectError("a chunk has a number that is too long: fetch the object again")
 
     def stream(self, max_bytes: int) -> Bytes8:
         """The next stream, at most `max_bytes` long when unpacked. Read-only where it was stored."""

@@ -65,13 +65,13 @@ def test_exponents_and_ranks_are_the_hosts(dtype: str) -> None:
     base = tensor(dtype, values).bits
     new = base.copy()
     new[rng.random(5000) < 0.05] += 1
-    host = HostExponents(base=base, shift=EXPONENT_SHIFT[dtype])
+    host = HostExponents.of([base[:1234], base[1234:]], EXPONENT_SHIFT[dtype])
     device = DeviceExponents.of(torch.from_numpy(base.view(f"i{size}").copy()), EXPONENT_SHIFT[dtype])
     changes = scan(base, new)
     assert np.array_equal(device.sampled(), host.sampled())
     exponents = host.at(changes.positions)
     assert np.array_equal(device.at(changes.positions), exponents)
-    for limits in ([], [1], [4, 9, 30]):
+    for limits in ([], [1], [4, 9, 30], [1, 2, 3, 4, 5, 6, 7, 8, 200]):
         for mine, theirs in zip(
             device.ranked(limits, changes, exponents), host.ranked(limits, changes, exponents), strict=True
         ):

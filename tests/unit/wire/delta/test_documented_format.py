@@ -28,6 +28,41 @@ class Payload:
     def u32(self) -> int:
         return struct.unpack("<I", self.take(4))[0]
 
+    def varint(self) -> int:
+        number = shift = 0
+        while True:
+            byte = self.take(1)[0]
+            number |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return number
+
+    def bits(self, count: int) -> list[int]:
+        """`count` bits, highest of each byte first; those that fill the last byte are 0."""
+        text = "".join(f"{byte:08b}" for byte in self.take((count + 7) // 8))
+        assert "1" not in text[count:]
+        return [int(bit) for bit in text[:count]]
+
+    def rows(self, shapes: list[tuple[int, int]]) -> list[list[int]]:
+        """One list of numbers for each (length, k)."""
+        unary = self.bits(8 * self.varint())
+        assert not unary or 1 in unary[-8:]
+        bits = iter(unary)
+        quotients = [[next(i for i in range(21) if next(bits)) for _ in range(length)] for length, _ in shapes]
+        assert 1 not in bits
+        low = iter(self.bits(sum(length * k for length, k in shapes)))
+        rows = [[0] * length for length, _ in shapes]
+        for row, (length, k) in zip(rows, shapes, strict=True):
+            for plane in range(k):
+                for place in range(length):
+                    row[place] |= next(low) << plane
+        long = sum(row.count(20) for row in quotients)
+        rest = iter(self.planes(long, 4) if long else [])
+        for row, quotient, (_, k) in zip(rows, quotients, shapes, strict=True):
+            for place, q in enumerate(quotient):
+                row[place] += (q + next(rest) if q == 20 else q) << k
+        return rows
+
     def stream(self) -> bytes:
         word = self.u32()
         content = self.take(word >> 1)
@@ -69,6 +104,55 @@ def differences(payload: Payload, encoding: int, count: int, width: int) -> list
     return result
 
 
+def members(gaps: list[int], wanted: int, count: int) -> list[int]:
+    """The positions of `wanted` of `count` elements, from the gaps between them or between the others."""
+    found: list[int] = []
+    here = 0
+    for gap in gaps:
+        found.append(here + gap)
+        here += gap + 1
+    assert here <= count
+    return found if len(found) == wanted else sorted(set(range(count)) - set(found))
+
+
+def conditioned(payload: Payload, base: list[int], dtype: str) -> list[int]:
+    """new - base of each element of an XC chunk."""
+    shift, mask = EXPONENT[dtype]
+    limits = list(payload.take(payload.take(1)[0]))
+    groups = [
+        [i for i, bits in enumerate(base) if low <= (bits >> shift & mask) < high]
+        for low, high in zip([0, *limits], [*limits, 1 << 20], strict=True)
+    ]
+    heads: list[tuple[int, int, int, int, int] | None] = []
+    for _ in groups:
+        changed = payload.varint() - 1
+        k, big = (payload.take(1)[0], payload.varint()) if changed > 0 else (0, 0)
+        k_big, k_size = payload.take(2) if big else (0, 0)
+        heads.append((changed, k, big, k_big, k_size) if changed >= 0 else None)
+    coded = [(len(group), *head) for group, head in zip(groups, heads, strict=True) if head]
+    shapes = [(min(c, n - c), k) for n, c, k, *_ in coded]
+    shapes += [(min(big, c - big), k) for _, c, _, big, k, _ in coded]
+    shapes += [(big, k) for _, _, _, big, _, k in coded]
+    rows = iter(payload.rows(shapes))
+    places = [members(next(rows), c, n) for n, c, *_ in coded]
+    far = [members(next(rows), big, c) for _, c, _, big, _, _ in coded]
+    sizes = [dict(zip(where, next(rows), strict=True)) for where in far]
+    signs = iter(payload.bits(sum(c for _, c, *_ in coded)))
+    done = iter(zip(places, sizes, strict=True))
+    change = [0] * len(base)
+    for group, head in zip(groups, heads, strict=True):
+        if head is None:
+            steps = differences(payload, 2, len(group), WIDTH[dtype])
+            for element, step in zip(group, steps, strict=True):
+                change[element] = step
+        else:
+            where, size = next(done)
+            for number, place in enumerate(where):
+                step = size[number] + 2 if number in size else 1
+                change[group[place]] = -step if next(signs) else step
+    return change
+
+
 def chunk_values(data: bytes | None, base: list[int] | None, count: int, dtype: str) -> list[int]:
     width = WIDTH[dtype]
     if data is None:
@@ -80,14 +164,7 @@ def chunk_values(data: bytes | None, base: list[int] | None, count: int, dtype: 
         values = payload.planes(count, width)
     elif encoding == 4:
         assert base is not None
-        shift, mask = EXPONENT[dtype]
-        limits = list(payload.take(payload.take(1)[0]))
-        change = [0] * count
-        for low, high in zip([0, *limits], [*limits, 1 << 20], strict=True):
-            members = [i for i, bits in enumerate(base) if low <= (bits >> shift & mask) < high]
-            steps = differences(payload, payload.take(1)[0], len(members), width)
-            for member, step in zip(members, steps, strict=True):
-                change[member] = step
+        change = conditioned(payload, base, dtype)
         values = [old + step for old, step in zip(base, change, strict=True)]
     else:
         assert base is not None
