@@ -86,6 +86,8 @@ class Follower:
         self._spare: Mapping[str, BitTensor] | None = None
         """Memory of a version that neither we nor the engine need any more: the next one is decoded into it."""
         self._target: Manifest | None = None
+        self._trying: Manifest | None = None
+        """What the plan under way leads to; the target may be newer by now."""
         self._offered: Announcement | None = None
         """The newest announcement, until its update was tried once: after a failure GetPlan finds the way."""
         self._announced = asyncio.Event()
@@ -199,10 +201,10 @@ class Follower:
     def _refuse(self, error: InvalidWeightsError) -> None:
         """The version itself is bad."""
         self._tally.versions_refused += 1
-        target = self._target
-        _log.error("version_refused", version=None if target is None else target.version, error=error)
-        if target is not None:
-            self._refused.add(target.root)
+        manifest = self._trying
+        _log.error("version_refused", version=None if manifest is None else manifest.version, error=error)
+        if manifest is not None:
+            self._refused.add(manifest.root)
 
     async def _prepare_retry(self, error: HeteroRLError) -> None:
         if isinstance(error, CorruptObjectError | WrongBaseError):
@@ -232,7 +234,7 @@ class Follower:
             return HeldPolicy(weights=held.weights, version=target.version, root=held.root)
         started = time.monotonic()
         plan = announced or await self._plan(source, held, target)
-        manifest = self._check_signed(plan.target)
+        manifest = self._trying = self._check_signed(plan.target)
         if (manifest.learner_epoch, manifest.version) < (target.learner_epoch, target.version):
             raise UnavailableError(f"a plan leads to version {manifest.version}, and {target.version} is announced")
         if manifest.root in self._refused:

@@ -15,7 +15,7 @@ from services.runtime.errors import CorruptObjectError, HeteroRLError, StorageEr
 from services.runtime.files import storage_errors
 from services.runtime.log import get_logger
 from services.sampler.object_ranges import PART_SUFFIX, Progress, Range, begin, discard, join, ranges_of
-from services.sampler.weight_sources import SourceName, WeightSource, WeightSources
+from services.sampler.weight_sources import SourceName, WeightSources
 from services.wire.object_reader import ObjectReader
 from services.wire.objects import file_digest
 from services.wire.types import ObjectRef
@@ -34,9 +34,15 @@ class ObjectCache:
         with storage_errors(f"make folder {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
 
-    async def fetch(self, ref: ObjectRef, received: Callable[[int], None], lane: int | None = None) -> Path:
+    async def fetch(
+        self, ref: ObjectRef, received: Callable[[int], None], *, lane: int | None = None, self_checked: bool = False
+    ) -> Path:
         """The file of a verified object. `received` is told the bytes of each chunk as it arrives. `lane` is the number
         of the channel that it comes by; None: each channel brings a range of it.
+
+        `self_checked`: whoever uses the file finds every wrong byte in it, as apply_update does by a faster digest than
+        SHA-256, which takes longer than all else that is done with a byte. Chunks are checked as ever, and if the file
+        is asked for again it is hashed.
 
         Raises UnavailableError (cut, stalled, a chunk damaged: what came whole is kept, call again), ObjectGoneError
         (ask for a new plan), CorruptObjectError (not the object's bytes: they are removed), StorageError.
@@ -47,7 +53,9 @@ class ObjectCache:
         while True:
             source = self._sources.current
             try:
-                await self._fetch_from(source, lane, path, ref, received)
+                readers = source.readers if lane is None else (source.readers[lane % len(source.readers)],)
+                fetch = _Fetch(source=source.name, readers=readers, ref=ref, received=received, hashed=not self_checked)
+                await self._fetch_from(fetch, path)
             except StorageError:
                 self._remove_unwanted(0)  # a full disk: the next try finds what room there is
                 raise
@@ -57,20 +65,17 @@ class ObjectCache:
             else:
                 return path
 
-    async def _fetch_from(
-        self, source: WeightSource, lane: int | None, path: Path, ref: ObjectRef, received: Callable[[int], None]
-    ) -> None:
-        readers = source.readers if lane is None else (source.readers[lane % len(source.readers)],)
-        fetch = _Fetch(source=source.name, readers=readers, ref=ref, received=received)
-        ranges = ranges_of(path, ref.size_bytes, len(readers))
+    async def _fetch_from(self, fetch: "_Fetch", path: Path) -> None:
+        ref = fetch.ref
+        ranges = ranges_of(path, ref.size_bytes, len(fetch.readers))
         with storage_errors(f"write {ranges[0].path}"):
             resumed, digest = await self._fetch_rest(fetch, ranges)
-            if resumed and digest != ref.object_id:
+            if resumed and digest not in (ref.object_id, None):
                 # What lay on disk may be a relay's, or damaged: judge the source by bytes of its own alone.
                 _log.warning("part_discarded", object_id=ref.object_id)
                 discard(ranges)
                 _, digest = await self._fetch_rest(fetch, ranges)
-            if digest != ref.object_id:
+            if digest not in (ref.object_id, None):
                 discard(ranges)
                 raise CorruptObjectError("a fetched object does not have its digest: a keyframe is fetched")
             failpoints.hit("fetch.before_rename")
@@ -96,13 +101,12 @@ class ObjectCache:
                     file.unlink()
                 total -= size
 
-    async def _fetch_rest(self, fetch: "_Fetch", ranges: list[Range]) -> tuple[bool, str]:
-        """Completes all ranges at the same time: (whether some of it was there before, the digest of all). Hashing as
-        bytes come costs no time on a link; what the disk does to them later is found by the update's own digest."""
-        parts = [await asyncio.to_thread(begin, part) for part in ranges]
+    async def _fetch_rest(self, fetch: "_Fetch", ranges: list[Range]) -> tuple[bool, str | None]:
+        """Completes all ranges at the same time: (whether some of it was there before, the digest of all or None).
+        What the disk does to the bytes later is found by the update's own digest."""
+        parts = [await asyncio.to_thread(begin, part, fetch.hashed) for part in ranges]
         resumed = any(part.offset > part.range.start for part in parts)
         digest = parts[0].digest
-        assert digest is not None, "the first range is hashed"
         tasks = [
             asyncio.create_task(self._fetch_range(fetch, reader, part))
             for reader, part in zip(fetch.readers, parts, strict=False)
@@ -115,7 +119,7 @@ class ObjectCache:
             await asyncio.gather(*tasks, return_exceptions=True)
         if len(ranges) > 1:
             await asyncio.to_thread(join, ranges, digest)
-        return resumed, digest.hexdigest()
+        return resumed, None if digest is None else digest.hexdigest()
 
     async def _fetch_range(self, fetch: "_Fetch", reader: ObjectReader, part: Progress) -> None:
         """A chunk is hashed and written while the next one comes."""
@@ -149,38 +153,41 @@ class _Fetch:
     readers: tuple[ObjectReader, ...]
     ref: ObjectRef
     received: Callable[[int], None]
+    hashed: bool
 
 
 class _Writing:
-    """Puts the chunks of a range on disk in a thread, one behind the network. Its end waits for the last one, even when
-    cancelled: the file stays open until nobody writes to it."""
+    """Puts the chunks of a range on disk in a thread, one behind the network. Its end waits for what was put, even when
+    cancelled: no byte that came is lost, and the file stays open until nobody writes to it."""
 
     def __init__(self, part: Progress, descriptor: int) -> None:
         self._part = part
         self._descriptor = descriptor
-        self._running: asyncio.Future[None] | None = None
+        self._last: asyncio.Future[None] | None = None
 
     async def put(self, data: bytes) -> None:
-        """Raises what writing the chunk before raised."""
-        await self._settle()
-        self._running = asyncio.ensure_future(asyncio.to_thread(self._part.append, self._descriptor, data))
+        """Takes the chunk, and waits for the one before. Raises what writing that one raised."""
+        before = self._last
+        self._last = asyncio.ensure_future(self._append(before, data))
+        if before is not None:
+            await asyncio.shield(before)
+
+    async def _append(self, before: asyncio.Future[None] | None, data: bytes) -> None:
+        if before is not None:
+            await before
+        await asyncio.to_thread(self._part.append, self._descriptor, data)
 
     async def __aenter__(self) -> "_Writing":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._settle()
-
-    async def _settle(self) -> None:
-        if self._running is None:
+        if self._last is None:
             return
         try:
-            await asyncio.shield(self._running)
+            await asyncio.shield(self._last)
         except asyncio.CancelledError:
-            await asyncio.wait([self._running])
+            await asyncio.wait([self._last])
             raise
-        finally:
-            self._running = None
 
 
 def _holds(path: Path, ref: ObjectRef) -> bool:

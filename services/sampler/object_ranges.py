@@ -35,7 +35,7 @@ class Range:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Progress:
-    """How far a range has come; `digest` is of its bytes so far, and kept for the first range alone."""
+    """How far a range has come; `digest` is of its bytes so far, for the first range of an object that is hashed."""
 
     range: Range
     offset: int
@@ -65,26 +65,27 @@ def ranges_of(path: Path, size_bytes: int, lanes: int) -> list[Range]:
     ]
 
 
-def begin(part: Range) -> Progress:
+def begin(part: Range, hashed: bool) -> Progress:
     """Makes the file, or finds how far it came. What is beyond the range is cut off."""
     part.path.touch()
     if part.path.stat().st_size > part.end - part.start:
         os.truncate(part.path, part.end - part.start)
-    if part.start:
+    if part.start or not hashed:
         return Progress(range=part, offset=part.start + part.path.stat().st_size, digest=None)
     with part.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return Progress(range=part, offset=file.tell(), digest=digest)
 
 
-def join(ranges: Sequence[Range], digest: "_Hash") -> None:
-    """Adds the other ranges to the first one's file and to its digest."""
+def join(ranges: Sequence[Range], digest: "_Hash | None") -> None:
+    """Adds the other ranges to the first one's file, and to its digest where there is one."""
     with ranges[0].path.open("ab") as whole:
         for part in ranges[1:]:
             with part.path.open("rb") as file:
                 while block := file.read(_BLOCK_BYTES):
                     whole.write(block)
-                    digest.update(block)
+                    if digest is not None:
+                        digest.update(block)
     for part in ranges[1:]:
         part.path.unlink()
 

@@ -48,7 +48,9 @@ class PlanFetch:
 
     async def _fetch(self, ref: ObjectRef, lane: int | None) -> Path:
         async with self._slots:
-            path = await self._cache.fetch(ref, lambda size: self._progress.received(ref, size), lane)
+            path = await self._cache.fetch(
+                ref, lambda size: self._progress.received(ref, size), lane=lane, self_checked=True
+            )
         self._progress.finished(ref)
         return path
 

@@ -1,12 +1,15 @@
 """Weights over the kernel's own TCP on an emulated wide-area link: link use, and what a user would pick instead.
 
-    python -m tests.bench.bench_wan --traces DIR [--out tests/bench/results/wan.json]      (Linux, as root)
+    python -m tests.bench.bench_wan --traces DIR --large DIR [--out tests/bench/results/wan.json]      (Linux, as root)
 
 Two network namespaces joined by tests/bench/tun_link.py; all parts over mutual TLS as shipped, raw TCP without.
-`link_use`: the same bytes by raw TCP, by one sampler, by four, by one with four channels, in turn, connections open and
-warm. `against`: the learner publishes the next version of an 84M-parameter policy, and a sampler follows to verified
-weights; beside it curl fetches the whole checkpoint from nginx (then SHA-256), and rsync updates the old checkpoint.
-`DIR` holds the snapshots of tests/bench/weight_traces.py. `apt-get install nginx-light curl rsync iproute2` first.
+`link_use`: the same bytes by raw TCP; in four objects (a keyframe has one for each 64 MiB of the model) by one sampler,
+by four with one each, by one with four channels; in one object by one; in turn, connections open and warm. Beside the
+seconds stands what each process took of the processor in them.
+`against`: the learner publishes the next version of a policy, and a sampler follows to verified weights, with the
+seconds of each phase; beside it curl fetches the whole checkpoint from nginx (then SHA-256), and rsync updates the old
+checkpoint. For 84M parameters (`--traces`, of tests/bench/weight_traces.py) and 596M (`--large`, of large_pair.py).
+`apt-get install nginx-light curl rsync iproute2` first.
 """
 
 import argparse
@@ -30,13 +33,14 @@ from services.runtime.address import Address
 from services.runtime.errors import UnavailableError
 from services.sampler.follower import Follower
 from services.sampler.object_cache import ObjectCache
+from services.sampler.plan_fetch import fetching
 from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSources
 from services.wire.credentials import channel_credentials, server_credentials
 from services.wire.delta import BitTensor, Weights, read_weights, write_weights
 from services.wire.pki import make_dev_pki
 from services.wire.tls import TlsFiles
-from services.wire.types import ObjectRef
+from services.wire.types import Manifest, ObjectRef, Plan, PlanStep, SignedManifest, UpdateKind
 from tests.bench.bench_transfer import raw_s, send_raw
 from tests.bench.tun_link import ADDRESSES
 from tests.support.weight_site import RUN_ID, dial, learner_site
@@ -44,7 +48,23 @@ from tests.unit.learner.weights_of_tests import make_weights
 
 RESULTS = Path(__file__).parent / "results" / "wan.json"
 HOST = ADDRESSES[0]
-WARM_BYTES = 8 << 20
+WARM_DELAYS = 5
+"""A connection is warm when it has carried the bytes of so many round trips at the link's rate: both TCP's and gRPC's
+windows have grown by then."""
+NO_MANIFEST = Manifest(
+    run_id=RUN_ID,
+    learner_epoch=1,
+    version=0,
+    root="",
+    parent_root="",
+    full_bytes=0,
+    parameters=0,
+    changed=0,
+    model_files_sha256="",
+    published_unix_ms=0,
+    update_bytes=0,
+)
+"""Of objects of random bytes."""
 PROFILES = (
     {"rate-mbit": 100, "rtt-ms": 100, "loss": 0.0, "mtu": 1500, "congestion": "bbr", "mbytes": 32},
     {"rate-mbit": 1000, "rtt-ms": 100, "loss": 0.0, "mtu": 9000, "congestion": "bbr", "mbytes": 192},
@@ -99,26 +119,33 @@ def sources_of(folder: Path, port: int, name: str, channels: int, stack: context
     return WeightSources(stubs[0], lanes=stubs[1:])
 
 
-async def fetch_s(folder: Path, port: int, warm: ObjectRef, refs: Sequence[ObjectRef], channels: int = 1) -> float:
-    """One sampler for each of `refs`, at the same time, to verified files on disk, on warm connections."""
+async def fetch_s(
+    folder: Path, port: int, warm: ObjectRef, plans: Sequence[Sequence[ObjectRef]], channels: int = 1
+) -> float:
+    """One sampler for each of `plans`, at the same time, to verified files on disk, on warm connections."""
     async with contextlib.AsyncExitStack() as stack:
         name = tempfile.mkdtemp(dir=folder)
         caches = [
             ObjectCache(Path(name) / str(n), sources_of(folder, port, f"s{n}", channels, stack), 1 << 30)
-            for n in range(len(refs))
+            for n in range(len(plans))
         ]
-        await asyncio.gather(*(fetch(cache, warm) for cache in caches))
+        await asyncio.gather(*(fetch(cache, [warm], channels) for cache in caches))
         began = time.perf_counter()
-        await asyncio.gather(*(fetch(cache, ref) for cache, ref in zip(caches, refs, strict=True)))
+        await asyncio.gather(*(fetch(cache, refs, channels) for cache, refs in zip(caches, plans, strict=True)))
         return time.perf_counter() - began
 
 
-async def fetch(cache: ObjectCache, ref: ObjectRef) -> None:
-    """Goes on after a break, as a follower does."""
-    while True:
+async def fetch(cache: ObjectCache, refs: Sequence[ObjectRef], channels: int) -> None:
+    """Goes on after a break, as a follower does; ends with the third."""
+    step = PlanStep(kind=UpdateKind.KEYFRAME, base_root="", target_root="", target_version=0, objects=tuple(refs))
+    manifest = SignedManifest(manifest=b"", signature=b"", decoded=NO_MANIFEST)
+    for left in (2, 1, 0):
         try:
-            await cache.fetch(ref, lambda _: None)
+            async with fetching(cache, Plan(target=manifest, steps=(step,)), Tally(), channels) as fetch:
+                await fetch.files(step)
         except UnavailableError as error:
+            if not left:
+                raise
             print(error, file=sys.stderr, flush=True)
         else:
             return
@@ -136,10 +163,11 @@ async def link_use(folder: Path, facts: dict[str, object], turns: int) -> dict[s
     warm, whole, *quarters = [ObjectRef(**row) for row in facts["objects"]]  # type: ignore[attr-defined]
     pids = {"sender": int(str(facts["pid"])), "receiver": os.getpid(), "link": int(str(facts["link_pid"]))}
     ways: dict[str, Callable[[], Coroutine[object, object, float]]] = {
-        "raw": lambda: raw_s(int(str(facts["raw_port"])), whole.size_bytes, HOST, WARM_BYTES),
-        "one": lambda: fetch_s(folder, port, warm, [whole]),
-        "four": lambda: fetch_s(folder, port, warm, quarters),
-        "one_with_four_channels": lambda: fetch_s(folder, port, warm, [whole], 4),
+        "raw": lambda: raw_s(int(str(facts["raw_port"])), whole.size_bytes, HOST, warm.size_bytes),
+        "one": lambda: fetch_s(folder, port, warm, [quarters]),
+        "four": lambda: fetch_s(folder, port, warm, [[ref] for ref in quarters]),
+        "one_with_four_channels": lambda: fetch_s(folder, port, warm, [quarters], 4),
+        "one_object": lambda: fetch_s(folder, port, warm, [[whole]]),
     }
     rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(turns):
@@ -249,7 +277,8 @@ def measure_link_use(profile: dict[str, object], turns: int) -> dict[str, object
     size = int(str(profile["mbytes"])) << 20
     with tempfile.TemporaryDirectory() as name, link(profile) as (a, b, pid):
         make_dev_pki(Path(name) / "pki", [f"s{n}" for n in range(4)], [HOST], datetime.now(UTC))
-        sizes = [str(number) for number in (WARM_BYTES, size, *[size // 4] * 4)]
+        delay_bytes = float(str(profile["rate-mbit"])) * float(str(profile["rtt-ms"])) * 125
+        sizes = [str(number) for number in (int(WARM_DELAYS * delay_bytes), size, *[size // 4] * 4)]
         with process(a, *here("--serve", name, *sizes)) as server:
             facts = {**said(server), "link_pid": pid}
             words = here("--link-use", name, json.dumps(facts), str(turns))
