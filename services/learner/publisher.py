@@ -6,8 +6,11 @@ A crash before the row leaves objects that nobody names; a crash after it leaves
 """
 
 import asyncio
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from services.learner.config import PublishSection
@@ -25,6 +28,10 @@ from services.wire.signing import ManifestSigner
 from services.wire.types import Manifest, ObjectRef, PlanStep, SignedManifest, UpdateKind
 
 _log = get_logger("learner.publisher")
+
+
+_ENCODER_NICENESS = 5
+"""Beside a thread of the trainer an encoder gets a quarter of a processor, and all of one that is free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +65,8 @@ class Published:
     delta_ratio: float
     changed_share: float
     seconds: float
+    store_s: float
+    """Of these, until objects and manifest row were durable, where encoding did not go on beside it."""
 
 
 class Publisher:
@@ -79,6 +88,7 @@ class Publisher:
         self._signer = signer
         self._settings = settings
         self._unix_ms = unix_ms
+        self._encoder = ThreadPoolExecutor(1, "publish", initializer=_give_way)
         self._announced = asyncio.Condition()
         self._latest: Snapshot | None = None
 
@@ -97,14 +107,21 @@ class Publisher:
         Raises StorageError, or InvalidWeightsError where the weights are of another model than the version before.
         """
         started = time.perf_counter()
-        row, published = await asyncio.to_thread(self._make, version, weights, comparison)
+        row, published, store_s = await asyncio.get_running_loop().run_in_executor(
+            self._encoder, self._make, version, weights, comparison
+        )
         base = version if row.update is not None or self._latest is None else self._latest.base_number
         self._latest = Snapshot(version=row, weights=weights, base_number=base)
         async with self._announced:
             self._announced.notify_all()
         seconds = time.perf_counter() - started
         _log.info(
-            "version_published", version=version, root=row.root[:12], bytes=published.update_bytes, seconds=seconds
+            "version_published",
+            version=version,
+            root=row.root[:12],
+            bytes=published.update_bytes,
+            seconds=round(seconds, 3),
+            store_s=round(store_s, 3),
         )
         return Published(
             version=version,
@@ -114,6 +131,7 @@ class Publisher:
             delta_ratio=published.full_bytes / published.update_bytes if published.update_bytes else 0.0,
             changed_share=published.changed / max(1, published.parameters),
             seconds=seconds,
+            store_s=store_s,
         )
 
     async def restore(self, version: int, weights: Weights, root: str) -> None:
@@ -138,15 +156,18 @@ class Publisher:
                 await self._announced.wait()
             return self._latest.version
 
-    def _make(self, number: int, weights: Weights, comparison: Comparison | None) -> tuple[Version, Manifest]:
-        """Encodes, stores, writes the row. Blocks."""
+    def _make(self, number: int, weights: Weights, comparison: Comparison | None) -> tuple[Version, Manifest, float]:
+        """Encodes, stores, writes the row; the seconds that storing took. Blocks."""
         base = self._latest
         hit("publish.before_objects")
         infos: list[UpdateInfo] = []
         refs: list[ObjectRef] = []
+        store_s = 0.0
         for part in self._encode(base, number, weights, comparison):
             infos.append(parse_part(part).info)
+            began = time.perf_counter()
             refs.append(self._store.put(part))
+            store_s += time.perf_counter() - began
         info = merge_infos(infos)
         hit("publish.after_objects")
         same = base is not None and base.version.root == info.target_root
@@ -159,9 +180,11 @@ class Publisher:
         )
         manifest = self._manifest(number, info.target_root, info.base_root or "", weights, info.changed, info.bytes)
         row = Version(manifest=self._signed(manifest), update=None if same else update)
+        began = time.perf_counter()
         self._versions.write(row)
+        store_s += time.perf_counter() - began
         hit("publish.after_manifest")
-        return row, manifest
+        return row, manifest, store_s
 
     def _encode(
         self, base: Snapshot | None, number: int, weights: Weights, comparison: Comparison | None
@@ -217,3 +240,9 @@ class Publisher:
         data = encode_manifest(manifest)
         signature = b"" if self._signer is None else self._signer.sign(data)
         return SignedManifest(manifest=data, signature=signature, decoded=manifest)
+
+
+def _give_way() -> None:
+    """For a thread, and those that it starts: training goes first. Only Linux has this for threads."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + _ENCODER_NICENESS))

@@ -176,6 +176,7 @@ class _Sampler:
             run_id=session.session.run_id,
             public_key=session.settings.manifest_public_key,
             news=news,
+            decode_workers=self._config.decode_threads,
             delays=self._weight_delays,
         )
         heartbeat = Heartbeat(

@@ -119,6 +119,9 @@ class SamplerConfig(Section):
     spool: SpoolSection = SpoolSection()
     leases: int = Field(default=0, ge=0)
     """Leases held at once; 0 takes two engine batches."""
+    decode_threads: int = Field(default=2, ge=1)
+    """Threads that decode and verify new weights while the engine generates; beside an engine on CPUs fewer cost less
+    speed, and more bring a version sooner."""
     delay: DelaySection = DelaySection()
     log: LogSection = LogSection()
     metrics_address: str = ""

@@ -241,13 +241,17 @@ class Follower:
             raise InvalidWeightsError(f"version {manifest.version} has been refused before")
         _check_chain(plan, manifest, held)
         base = None if held is None else held.weights
+        planned, apply_s = time.monotonic(), 0.0
         async with fetching(self._cache, plan, self._tally, len(source.readers)) as fetch:
             for step in plan.steps:
                 paths = await fetch.files(step)
+                fetched = time.monotonic()
                 spare, self._spare = self._spare, None
                 before, base = base, await asyncio.to_thread(self._apply, step, paths, base, spare)
                 if held is None or before is not held.weights:
                     self._spare = before  # between two steps of a plan
+                apply_s += time.monotonic() - fetched
+        applied = time.monotonic()
         assert base is not None, "a plan from nothing has a step"
         failpoints.hit("follow.after_apply")
         reference = base if held is None else held.weights
@@ -264,6 +268,10 @@ class Follower:
             steps="+".join(step.kind.name.lower() for step in plan.steps),
             bytes=plan.total_bytes,
             seconds=round(time.monotonic() - started, 3),
+            plan_s=round(planned - started, 3),
+            fetch_s=round(applied - planned - apply_s, 3),
+            apply_s=round(apply_s, 3),
+            check_s=round(time.monotonic() - applied, 3),
         )
         return HeldPolicy(weights=base, version=manifest.version, root=manifest.root)
 

@@ -1,6 +1,6 @@
-"""The objects of a plan on their way to disk: two or more at a time, so that no link waits for a question's way.
+"""The objects of a plan on their way to disk: several at a time, so that no link waits for a question's way.
 
-    refs ─► [one per channel, at least two] ─► ObjectCache ─► files of step 0 ─► files of step 1 …
+    refs ─► [small ones together, large ones two at a time] ─► ObjectCache ─► files of step 0 ─► files of step 1 …
 
 A step's files are there before all of the plan is: it is applied while the next ones come.
 """
@@ -15,8 +15,12 @@ from services.sampler.object_cache import ObjectCache
 from services.sampler.tally import Tally
 from services.wire.types import FetchProgress, ObjectRef, Plan, PlanStep
 
-_AT_ONCE = 2
-"""With one channel: while one object ends and the next is asked for, the other fills the link."""
+_LARGE_AT_ONCE = 2
+"""While one object ends and the next is asked for, the other fills the link."""
+_MOST_AT_ONCE = 12
+"""A server takes 16 calls from a connection, and announcements and plans go there too."""
+_SMALL_BYTES = 8 << 20
+"""So much is asked for at once, in any number of objects: a delta has one for each 64 MiB of the model."""
 _SPEED_GAIN = 0.3
 _SPEED_WINDOW_S = 0.5
 
@@ -27,13 +31,17 @@ class PlanFetch:
     def __init__(self, cache: ObjectCache, plan: Plan, tally: Tally, channels: int) -> None:
         refs = {ref.object_id: ref for step in plan.steps for ref in step.objects}
         self._cache = cache
-        self._slots = asyncio.Semaphore(max(_AT_ONCE, channels))
+        self._large_at_once = max(_LARGE_AT_ONCE, channels)
+        self._changed = asyncio.Condition()
+        self._begun = 0
+        self._under_way: list[int] = []
+        """Sizes."""
         self._progress = _Progress(tally, plan)
         # Many objects go whole, each by one channel; few are cut into a range for each channel.
         lanes = [number if len(refs) >= channels else None for number in range(len(refs))]
         self._tasks = {
-            ref.object_id: asyncio.create_task(self._fetch(ref, lane))
-            for ref, lane in zip(refs.values(), lanes, strict=True)
+            ref.object_id: asyncio.create_task(self._fetch(number, ref, lane))
+            for number, (ref, lane) in enumerate(zip(refs.values(), lanes, strict=True))
         }
 
     async def files(self, step: PlanStep) -> list[Path]:
@@ -46,13 +54,25 @@ class PlanFetch:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    async def _fetch(self, ref: ObjectRef, lane: int | None) -> Path:
-        async with self._slots:
-            path = await self._cache.fetch(
-                ref, lambda size: self._progress.received(ref, size), lane=lane, self_checked=True
-            )
+    async def _fetch(self, number: int, ref: ObjectRef, lane: int | None) -> Path:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._begun == number and self._has_room(ref.size_bytes))
+            self._begun += 1
+            self._under_way.append(ref.size_bytes)
+            self._changed.notify_all()
+        path = await self._cache.fetch(
+            ref, lambda size: self._progress.received(ref, size), lane=lane, self_checked=True
+        )
         self._progress.finished(ref)
+        async with self._changed:
+            self._under_way.remove(ref.size_bytes)
+            self._changed.notify_all()
         return path
+
+    def _has_room(self, size_bytes: int) -> bool:
+        under_way = len(self._under_way)
+        small = under_way < _MOST_AT_ONCE and sum(self._under_way) + size_bytes <= _SMALL_BYTES
+        return small or under_way < self._large_at_once
 
 
 @asynccontextmanager

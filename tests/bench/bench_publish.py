@@ -1,10 +1,12 @@
 """What publishing adds to a training step: real steps of an 84M-parameter policy, with and without it, in turn.
 
-    python -m tests.bench.bench_publish [--pairs 6] [--tokens 2048] [--out tests/bench/results/publish.json]
+    python -m tests.bench.bench_publish [--pairs 8] [--tokens 1024] [--out tests/bench/results/publish.json]
 
 With publishing a step is followed by the snapshot in wire format, and the version is encoded, stored and announced
 while the next step computes, as services/learner/run_loop.py does. `snapshot_share` is what the step itself waits for;
 `added_share` has the encoder's share of the processor in it too, which on a machine that trains on CPUs is not free.
+Both are medians over pairs of neighbouring steps, one with and one without, in changing order, so that a machine that
+is slower for a while spoils neither. `cpu_share` is the processor time that publishing took, per step's.
 """
 
 import argparse
@@ -90,41 +92,49 @@ async def measure(folder: Path, pairs: int, tokens: int) -> dict[str, object]:
     for _ in range(3):  # Adam's first steps change every weight
         trainer.step(groups)
     await publisher.publish(0, snapshots.take()[0])
-    alone: list[float] = []
-    beside: list[float] = []
-    waits: list[float] = []
-    published: list[float] = []
-    for version in range(1, pairs + 1):
-        began = time.perf_counter()
-        await asyncio.to_thread(trainer.step, groups)
-        alone.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        weights, comparison = await asyncio.to_thread(snapshots.take)
-        waits.append(time.perf_counter() - began)
-        publishing = asyncio.create_task(publisher.publish(version, weights, comparison))
-        await asyncio.to_thread(trainer.step, groups)
-        beside.append(time.perf_counter() - began)
-        published.append((await publishing).seconds)
-    step, with_publishing = statistics.median(alone), statistics.median(beside)
+    rows: list[dict[str, float]] = []
+    for pair in range(pairs):
+        row: dict[str, float] = {}
+        for publishing in (False, True) if pair % 2 else (True, False):
+            cpu, began = time.process_time(), time.perf_counter()
+            if publishing:
+                weights, comparison = await asyncio.to_thread(snapshots.take)
+                row["snapshot"] = time.perf_counter() - began
+                task = asyncio.create_task(publisher.publish(pair + 1, weights, comparison))
+                await asyncio.to_thread(trainer.step, groups)
+                row["with_publishing"] = time.perf_counter() - began
+                row["publish"] = (await task).seconds
+                row["cpu_with_publishing"] = time.process_time() - cpu
+            else:
+                await asyncio.to_thread(trainer.step, groups)
+                row["alone"] = time.perf_counter() - began
+                row["cpu_alone"] = time.process_time() - cpu
+        rows.append(row)
+
+    def median(*names: str) -> float:
+        """Of a column, or of the difference of two."""
+        return statistics.median(row[names[0]] - sum(row[name] for name in names[1:]) for row in rows)
+
+    step, added = median("alone"), median("with_publishing", "alone")
     return {
         "machine": {"cpus": os.cpu_count(), "load_1m": os.getloadavg()[0], "torch_threads": torch.get_num_threads()},
         "parameters": sum(tensor.numel() for tensor in policy.parameters().values()),
         "tokens_per_step": tokens,
         "step_s": step,
-        "snapshot_s": statistics.median(waits),
-        "publish_s": statistics.median(published),
-        "step_with_publishing_s": with_publishing,
-        "snapshot_share": statistics.median(waits) / step,
-        "added_share": with_publishing / step - 1,
-        "added_share_of_best": min(beside) / min(alone) - 1,
-        "seconds": {"alone": alone, "with_publishing": beside, "snapshot": waits, "publish": published},
+        "snapshot_s": median("snapshot"),
+        "publish_s": median("publish"),
+        "added_s": added,
+        "snapshot_share": median("snapshot") / step,
+        "added_share": added / step,
+        "cpu_share": median("cpu_with_publishing", "cpu_alone") / median("cpu_alone"),
+        "pairs": [{name: round(value, 3) for name, value in row.items()} for row in rows],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

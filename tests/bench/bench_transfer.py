@@ -43,7 +43,7 @@ PROFILES = ((100.0, 100.0, 0.0), (100.0, 100.0, 0.001), (1000.0, 100.0, 0.0))
 """(Mbit/s, round trip in ms, chance that a packet is lost) of the emulated links."""
 STALLED = 20
 STALL_S = 8.0
-_RECEIVE_BYTES = 1 << 20
+RECEIVE_BYTES = 1 << 20
 
 
 async def serve(folder: Path, sizes: Sequence[int], stall_s: float) -> None:
@@ -102,7 +102,7 @@ def link(upstream: int, mbit: float, rtt_ms: float, loss: float) -> tuple[str, .
 
 async def raw_s(port: int, size: int, host: str = "127.0.0.1", warm: int = 4 << 20) -> float:
     """Seconds from asking to the last byte, over a connection that has carried `warm` bytes before."""
-    reader, writer = await asyncio.open_connection(host, port, limit=_RECEIVE_BYTES)
+    reader, writer = await asyncio.open_connection(host, port, limit=RECEIVE_BYTES)
     try:
         await take_raw(reader, writer, warm)
         began = time.perf_counter()
@@ -116,7 +116,7 @@ async def take_raw(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, s
     writer.write(f"{size}\n".encode())
     left = size
     while left:
-        data = await reader.read(min(left, _RECEIVE_BYTES))
+        data = await reader.read(min(left, RECEIVE_BYTES))
         assert data, "the sender ended early"
         left -= len(data)
 

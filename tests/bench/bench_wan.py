@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -24,30 +25,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from heterorl.v1.weights_pb2_grpc import WeightServiceStub
 from services.runtime.address import Address
 from services.runtime.errors import UnavailableError
-from services.sampler.follower import Follower
+from services.sampler.follower import Follower, HeldPolicy
 from services.sampler.object_cache import ObjectCache
 from services.sampler.plan_fetch import fetching
 from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSources
 from services.wire.credentials import channel_credentials, server_credentials
-from services.wire.delta import BitTensor, Weights, read_weights, write_weights
+from services.wire.delta import BitTensor, Weights, read_weights, root_of, write_weights
 from services.wire.pki import make_dev_pki
 from services.wire.tls import TlsFiles
 from services.wire.types import Manifest, ObjectRef, Plan, PlanStep, SignedManifest, UpdateKind
-from tests.bench.bench_transfer import raw_s, send_raw
+from tests.bench.bench_transfer import RECEIVE_BYTES, send_raw, take_raw
 from tests.bench.tun_link import ADDRESSES
 from tests.support.weight_site import RUN_ID, dial, learner_site
 from tests.unit.learner.weights_of_tests import make_weights
 
 RESULTS = Path(__file__).parent / "results" / "wan.json"
 HOST = ADDRESSES[0]
+THREADS = 2
+"""That encode and decode: `publish.workers` and `decode_threads` as shipped."""
+WARM_AGAINST = 8 << 20
+"""Bytes that the sampler's connection has carried before the delta."""
 WARM_DELAYS = 5
 """A connection is warm when it has carried the bytes of so many round trips at the link's rate: both TCP's and gRPC's
 windows have grown by then."""
@@ -89,7 +94,8 @@ async def serve(folder: Path, sizes: Sequence[int], traces: Path | None) -> None
     """In the learner's namespace: WeightService, raw TCP, and publishing when told so; ends with standard input."""
     tls, _ = server_credentials(TlsFiles.in_directory(folder / "pki", "learner"))
     versions = [make_weights(1)] if traces is None else [trace(traces, n) for n in (0, 1)]
-    async with learner_site(folder / "learner", host=HOST, credentials=tls) as site:
+    events = Events()
+    async with learner_site(folder / "learner", host=HOST, credentials=tls, workers=THREADS) as site:
         await site.publisher.publish(0, versions[0])
         refs = [site.store.put(os.urandom(size)) for size in sizes]
         assert all(site.store.is_sound(ref.object_id) for ref in refs)  # as GetPlan checks what it names
@@ -103,9 +109,11 @@ async def serve(folder: Path, sizes: Sequence[int], traces: Path | None) -> None
         }
         print(json.dumps(facts), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
+            number = int(line)
             began = time.monotonic()
-            published = await site.publisher.publish(int(line), versions[int(line)])
-            print(json.dumps({"began": began, "done": time.monotonic(), "bytes": published.update_bytes}), flush=True)
+            await site.publisher.publish(number, versions[number % 2])
+            row = {**events.newest["version_published"], "began": began, "done": time.monotonic(), "root": site.root}
+            print(json.dumps(row), flush=True)
         raw.close()
 
 
@@ -119,10 +127,41 @@ def sources_of(folder: Path, port: int, name: str, channels: int, stack: context
     return WeightSources(stubs[0], lanes=stubs[1:])
 
 
-async def fetch_s(
-    folder: Path, port: int, warm: ObjectRef, plans: Sequence[Sequence[ObjectRef]], channels: int = 1
-) -> float:
-    """One sampler for each of `plans`, at the same time, to verified files on disk, on warm connections."""
+@dataclass(slots=True, kw_only=True)
+class Meter:
+    """Wall seconds of a block, and what each process (name -> pid) took of the processor in it."""
+
+    pids: dict[str, int]
+    row: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextlib.contextmanager
+    def running(self) -> Generator[None]:
+        before = {name: cpu_s(pid) for name, pid in self.pids.items()}
+        began = time.perf_counter()
+        yield
+        self.row = {"wall": round(time.perf_counter() - began, 3)}
+        self.row |= {f"{name}_cpu": round(cpu_s(pid) - before[name], 2) for name, pid in self.pids.items()}
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process and all its threads so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def take_over_tcp(meter: Meter, port: int, warm: ObjectRef, size: int) -> None:
+    reader, writer = await asyncio.open_connection(HOST, port, limit=RECEIVE_BYTES)
+    await take_raw(reader, writer, warm.size_bytes)
+    with meter.running():
+        await take_raw(reader, writer, size)
+    writer.close()
+
+
+async def fetch_plans(
+    meter: Meter, folder: Path, port: int, warm: ObjectRef, plans: Sequence[Sequence[ObjectRef]], channels: int = 1
+) -> None:
+    """One sampler for each of `plans`, at the same time, to files on disk whose every chunk was checked, on warm
+    connections. (The BLAKE3 of an update is checked when it is applied, at 4 GB/s.)"""
     async with contextlib.AsyncExitStack() as stack:
         name = tempfile.mkdtemp(dir=folder)
         caches = [
@@ -130,9 +169,8 @@ async def fetch_s(
             for n in range(len(plans))
         ]
         await asyncio.gather(*(fetch(cache, [warm], channels) for cache in caches))
-        began = time.perf_counter()
-        await asyncio.gather(*(fetch(cache, refs, channels) for cache, refs in zip(caches, plans, strict=True)))
-        return time.perf_counter() - began
+        with meter.running():
+            await asyncio.gather(*(fetch(cache, refs, channels) for cache, refs in zip(caches, plans, strict=True)))
 
 
 async def fetch(cache: ObjectCache, refs: Sequence[ObjectRef], channels: int) -> None:
@@ -151,32 +189,38 @@ async def fetch(cache: ObjectCache, refs: Sequence[ObjectRef], channels: int) ->
             return
 
 
-def cpu_s(pid: int) -> float:
-    """Processor time of a process and all its threads so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 async def link_use(folder: Path, facts: dict[str, object], turns: int) -> dict[str, list[dict[str, float]]]:
     """In the sampler's namespace: wall seconds of each way, in turn, and every process's processor seconds in them."""
     port = int(str(facts["port"]))
     warm, whole, *quarters = [ObjectRef(**row) for row in facts["objects"]]  # type: ignore[attr-defined]
-    pids = {"sender": int(str(facts["pid"])), "receiver": os.getpid(), "link": int(str(facts["link_pid"]))}
-    ways: dict[str, Callable[[], Coroutine[object, object, float]]] = {
-        "raw": lambda: raw_s(int(str(facts["raw_port"])), whole.size_bytes, HOST, warm.size_bytes),
-        "one": lambda: fetch_s(folder, port, warm, [quarters]),
-        "four": lambda: fetch_s(folder, port, warm, [[ref] for ref in quarters]),
-        "one_with_four_channels": lambda: fetch_s(folder, port, warm, [quarters], 4),
-        "one_object": lambda: fetch_s(folder, port, warm, [[whole]]),
+    meter = Meter(pids={"sender": int(str(facts["pid"])), "receiver": os.getpid(), "link": int(str(facts["link_pid"]))})
+    ways: dict[str, Callable[[], Coroutine[object, object, None]]] = {
+        "raw": lambda: take_over_tcp(meter, int(str(facts["raw_port"])), warm, whole.size_bytes),
+        "one": lambda: fetch_plans(meter, folder, port, warm, [quarters]),
+        "four": lambda: fetch_plans(meter, folder, port, warm, [[ref] for ref in quarters]),
+        "one_with_four_channels": lambda: fetch_plans(meter, folder, port, warm, [quarters], 4),
+        "one_object": lambda: fetch_plans(meter, folder, port, warm, [[whole]]),
     }
     rows: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(turns):
         for way, measure in ways.items():
-            before = {name: cpu_s(pid) for name, pid in pids.items()}
-            wall = await measure()
-            cpu = {f"{name}_cpu": round(cpu_s(pid) - before[name], 2) for name, pid in pids.items()}
-            rows[way].append({"wall": wall, **cpu})
+            await measure()
+            rows[way].append(meter.row)
     return rows
+
+
+class Events(logging.Handler):
+    """Keeps the facts of the newest event of each name that the services log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.newest: dict[str, dict[str, object]] = {}
+        logger = logging.getLogger("heterorl")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.newest[record.getMessage()] = getattr(record, "heterorl_facts", {})
 
 
 class NoEngine:
@@ -187,8 +231,9 @@ class NoEngine:
         return 0.0
 
 
-async def follow(folder: Path, facts: dict[str, object]) -> None:
-    """In the sampler's namespace: version 0, then for each line on standard input the moment when it is verified."""
+async def follow(folder: Path, facts: dict[str, object], traces: Path) -> None:
+    """In the sampler's namespace: holds version 0, and says for each line on standard input when it was verified."""
+    events = Events()
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
         sources = sources_of(folder, int(str(facts["port"])), "s0", 1, stack)
         follower = Follower(
@@ -198,14 +243,19 @@ async def follow(folder: Path, facts: dict[str, object]) -> None:
             run_id=RUN_ID,
             public_key=bytes.fromhex(str(facts["public_key"])),
             news=asyncio.Event(),
+            decode_workers=THREADS,
         )
+        weights = trace(traces, 0)
+        held = follower._held = HeldPolicy(weights=weights, version=0, root=root_of(weights))
+        await fetch(follower._cache, [ObjectRef(**facts["objects"][0])], 1)  # type: ignore[index]
         running = [tasks.create_task(follower.watch())]
-        await follower._note_loaded(await follower.first())
+        await follower._note_loaded(held)
         running.append(tasks.create_task(follower.follow(NoEngine())))  # type: ignore[arg-type]
         print(json.dumps({"version": 0}), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             await follower.reached(int(line))
-            print(json.dumps({"reached": time.monotonic(), "root": follower.root}), flush=True)
+            row = {**events.newest["version_fetched"], "reached": time.monotonic(), "root": follower.root}
+            print(json.dumps(row), flush=True)
         for task in running:
             task.cancel()
 
@@ -293,7 +343,7 @@ def measure_link_use(profile: dict[str, object], turns: int) -> dict[str, object
     }
 
 
-def measure_against(profile: dict[str, object], traces: Path) -> dict[str, object]:
+def measure_against(profile: dict[str, object], traces: Path, turns: int) -> dict[str, object]:
     """One version by delta, by HTTP, by rsync: seconds from the moment when the learner begins to publish it."""
     for program in ("nginx", "curl", "rsync"):
         if shutil.which(program) is None:
@@ -302,30 +352,18 @@ def measure_against(profile: dict[str, object], traces: Path) -> dict[str, objec
         folder = Path(name)
         folder.chmod(0o755)
         make_dev_pki(folder / "pki", ["s0"], [HOST], datetime.now(UTC))
-        old, new = (trace(traces, n) for n in (0, 1))
-        checkpoint = write_checkpoint(new, folder / "files")
-        (folder / "nginx.conf").write_text(NGINX.format(folder=folder, host=HOST))
-        (folder / "rsyncd.conf").write_text(RSYNC.format(folder=folder, host=HOST))
-        result = measure_delta(folder, a, b, traces)
-        inside = ("ip", "netns", "exec", b)
-        with (
-            process(a, "nginx", "-p", name, "-c", f"{name}/nginx.conf"),
-            process(a, "rsync", "--daemon", "--no-detach", f"--config={name}/rsyncd.conf"),
-        ):
-            time.sleep(1.0)
-            fetched = folder / "fetched.safetensors"
-            http = seconds_of(*inside, "curl", "-sf", "-o", str(fetched), f"http://{HOST}:8080/{checkpoint.name}")
-            http_verify = seconds_of("sha256sum", str(fetched))
-            mirror = write_checkpoint(old, folder / "mirror")
-            rsync = seconds_of(
-                *inside, "rsync", "--inplace", "--no-whole-file", f"rsync://{HOST}:8730/files/{checkpoint.name}", mirror
-            )
-            assert mirror.read_bytes() == fetched.read_bytes() == checkpoint.read_bytes()
-    ours = float(str(result["delta_s"]))
+        rows = measure_delta(folder, a, b, traces, turns)
+        checkpoint = write_checkpoint(trace(traces, 1), folder / "files")
+        http, http_verify, rsync = measure_checkpoint(folder, a, b, checkpoint, traces)
+    ours = statistics.median(float(str(row["delta_s"])) for row in rows)
+    phases = [key for key in rows[0] if key.endswith("_s")]
     return {
         **{key: value for key, value in profile.items() if key != "mbytes"},
-        "checkpoint_bytes": sum(tensor.nbytes for tensor in new.values()),
-        **result,
+        "threads": THREADS,
+        "checkpoint_bytes": checkpoint_bytes(traces),
+        "delta_bytes": rows[-1]["bytes"],
+        **{key: round(statistics.median(float(str(row[key])) for row in rows), 3) for key in phases},
+        "turns": rows,
         "http_s": http,
         "http_verify_s": http_verify,
         "rsync_s": rsync,
@@ -334,26 +372,72 @@ def measure_against(profile: dict[str, object], traces: Path) -> dict[str, objec
     }
 
 
-def measure_delta(folder: Path, a: str, b: str, traces: Path) -> dict[str, object]:
-    with process(a, *here("--traces", str(traces), "--serve", str(folder))) as server:
+def checkpoint_bytes(traces: Path) -> int:
+    return sum(tensor.nbytes for tensor in trace(traces, 0).values())
+
+
+def measure_checkpoint(folder: Path, a: str, b: str, checkpoint: Path, traces: Path) -> tuple[float, float, float]:
+    """Seconds of curl, of hashing what it brought, and of rsync onto the version before."""
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, host=HOST))
+    (folder / "rsyncd.conf").write_text(RSYNC.format(folder=folder, host=HOST))
+    inside = ("ip", "netns", "exec", b)
+    fetched = folder / "fetched.safetensors"
+    with (
+        process(a, "nginx", "-p", str(folder), "-c", f"{folder}/nginx.conf"),
+        process(a, "rsync", "--daemon", "--no-detach", f"--config={folder}/rsyncd.conf"),
+    ):
+        time.sleep(1.0)
+        http = seconds_of(*inside, "curl", "-sf", "-o", str(fetched), f"http://{HOST}:8080/{checkpoint.name}")
+        http_verify = seconds_of("sha256sum", str(fetched))
+        mirror = write_checkpoint(trace(traces, 0), folder / "mirror")
+        rsync = seconds_of(
+            *inside,
+            "rsync",
+            "--inplace",
+            "--no-whole-file",
+            f"rsync://{HOST}:8730/files/{checkpoint.name}",
+            str(mirror),
+        )
+    for copy in (fetched, mirror):
+        subprocess.run(("cmp", str(copy), str(checkpoint)), check=True)
+    return http, http_verify, rsync
+
+
+def measure_delta(folder: Path, a: str, b: str, traces: Path, turns: int) -> list[dict[str, object]]:
+    """Back and forth between the two versions: each turn is a delta of the same size. Seconds of each phase."""
+    rows: list[dict[str, object]] = []
+    with process(a, *here("--traces", str(traces), "--serve", str(folder), str(WARM_AGAINST))) as server:
         facts = said(server)
-        with process(b, *here("--follow", str(folder), json.dumps(facts))) as sampler:
+        words = here("--traces", str(traces), "--follow", str(folder), json.dumps(facts))
+        with process(b, *words) as sampler:
             said(sampler)
-            tell(sampler, "1")
-            tell(server, "1")
-            published, reached = said(server), said(sampler)
-    moments = {key: float(str(published[key])) for key in ("began", "done")} | {"end": float(str(reached["reached"]))}
+            for number in range(1, turns + 1):
+                tell(sampler, str(number))
+                tell(server, str(number))
+                out, came = said(server), said(sampler)
+                assert out["root"] == came["root"]
+                rows.append(phases_of(out, came))
+    return rows
+
+
+def phases_of(out: dict[str, object], came: dict[str, object]) -> dict[str, object]:
+    """From what the learner says of a version that went out, and the sampler of one that came; clocks are the same."""
+    began, done, reached = (float(str(value)) for value in (out["began"], out["done"], came["reached"]))
+    store, following = float(str(out["store_s"])), float(str(came["seconds"]))
     return {
-        "delta_bytes": published["bytes"],
-        "delta_s": moments["end"] - moments["began"],
-        "delta_publish_s": moments["done"] - moments["began"],
-        "delta_after_announcement_s": moments["end"] - moments["done"],
+        "bytes": out["bytes"],
+        "delta_s": round(reached - began, 3),
+        "encode_s": round(done - began - store, 3),
+        "store_s": store,
+        "announce_s": round(reached - following - done, 3),
+        **{key: came[key] for key in ("plan_s", "fetch_s", "apply_s", "check_s", "plan_from")},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path)
+    parser.add_argument("--large", type=Path)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--profiles", type=int, nargs="*", default=range(len(PROFILES)), help="rows to measure again")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -365,19 +449,28 @@ def main() -> None:
         folder, *sizes = arguments.serve
         asyncio.run(serve(Path(folder), [int(size) for size in sizes], arguments.traces))
     elif arguments.follow:
-        asyncio.run(follow(Path(arguments.follow[0]), json.loads(arguments.follow[1])))
+        asyncio.run(follow(Path(arguments.follow[0]), json.loads(arguments.follow[1]), arguments.traces))
     elif arguments.link_use:
         folder, facts, turns = arguments.link_use
         print(json.dumps(asyncio.run(link_use(Path(folder), json.loads(facts), int(turns)))), flush=True)
     else:
-        results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"link_use": {}}
-        results["machine"] = {"cpus": os.cpu_count(), "load_1m": os.getloadavg()[0]}
-        if arguments.traces:
-            results["against"] = measure_against(PROFILES[0], arguments.traces)
-        for number in arguments.profiles:
-            results["link_use"][str(number)] = measure_link_use(PROFILES[number], arguments.turns)
-            arguments.out.write_text(json.dumps(results, indent=2) + "\n")
-        print(json.dumps(results, indent=2))
+        measure_all(arguments)
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Rows that are not measured again keep what they were."""
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"link_use": {}, "against": {}}
+
+    def keep(section: str, key: str, row: dict[str, object]) -> None:
+        results[section][key] = {"cpus": os.cpu_count(), "load_1m": round(os.getloadavg()[0], 2), **row}
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+
+    for name, traces in (("84M", arguments.traces), ("596M", arguments.large)):
+        if traces is not None:
+            keep("against", name, measure_against(PROFILES[0], traces, arguments.turns))
+    for number in arguments.profiles:
+        keep("link_use", str(number), measure_link_use(PROFILES[number], arguments.turns))
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Versions become durable before they are announced, and survive a restart."""
 
 import asyncio
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +25,23 @@ async def test_version_zero_is_a_keyframe_and_the_next_a_small_delta(tmp_path: P
     assert one.update_bytes < zero.update_bytes / 10
     manifest = shop.publisher.latest.version.manifest.decoded
     assert (manifest.version, manifest.parent_root, manifest.changed) == (1, zero.root, 400)
+
+
+async def test_encoding_gives_way_to_training_and_nothing_else_does(tmp_path: Path) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    niceness: list[int] = []
+    shop = open_shop(tmp_path)
+    make = shop.publisher._make
+
+    def made(*arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            niceness.append(pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result())
+        return make(*arguments)
+
+    shop.publisher._make = made  # type: ignore[method-assign]
+    await shop.publisher.publish(0, make_weights(1))
+    assert niceness == [min(19, before + 5) if sys.platform == "linux" else before]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 async def test_a_failure_before_the_row_leaves_the_old_version_and_its_baseline(tmp_path: Path) -> None:
