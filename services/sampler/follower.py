@@ -30,6 +30,7 @@ from services.runtime.errors import (
 )
 from services.runtime.log import get_logger
 from services.sampler.backoff import Backoff
+from services.sampler.decoding import Decoding
 from services.sampler.delays import NO_DELAYS, Delays
 from services.sampler.engine import Engine
 from services.sampler.object_cache import ObjectCache
@@ -37,10 +38,10 @@ from services.sampler.plan_fetch import fetching
 from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSource, WeightSources
 from services.wire.convert import from_announcement, from_plan
-from services.wire.delta import BitTensor, WrongBaseError, apply_update, validate_names_shapes
+from services.wire.delta import BitTensor, WrongBaseError
 from services.wire.errors import from_rpc_error
 from services.wire.signing import verify
-from services.wire.types import Announcement, Manifest, Plan, PlanStep, SignedManifest
+from services.wire.types import Announcement, Manifest, Plan, SignedManifest
 
 _log = get_logger("sampler.follower")
 _PLAN_TIMEOUT_S = 30.0
@@ -80,11 +81,9 @@ class Follower:
         self._run_id = run_id
         self._public_key = public_key
         self._news = news
-        self._decode_workers = decode_workers
+        self._decoding = Decoding(decode_workers)
         self._backoff = backoff or Backoff()
         self._held: HeldPolicy | None = None
-        self._spare: Mapping[str, BitTensor] | None = None
-        """Memory of a version that neither we nor the engine need any more: the next one is decoded into it."""
         self._target: Manifest | None = None
         self._trying: Manifest | None = None
         """What the plan under way leads to; the target may be newer by now."""
@@ -149,7 +148,7 @@ class Follower:
                 in_engine = self.root == before.root
                 loaded = await self._load(engine, self.held)
                 if loaded and in_engine and before.weights is not self.held.weights:
-                    self._spare = before.weights  # an engine that kept the old version would still need it
+                    self._decoding.spare = before.weights  # an engine that kept the old version would still need it
 
     async def reached(self, version: int) -> None:
         """Waits until the engine generates with `version` or a later one."""
@@ -240,22 +239,10 @@ class Follower:
         if manifest.root in self._refused:
             raise InvalidWeightsError(f"version {manifest.version} has been refused before")
         _check_chain(plan, manifest, held)
-        base = None if held is None else held.weights
-        planned, apply_s = time.monotonic(), 0.0
+        planned = time.monotonic()
         async with fetching(self._cache, plan, self._tally, len(source.readers)) as fetch:
-            for step in plan.steps:
-                paths = await fetch.files(step)
-                fetched = time.monotonic()
-                spare, self._spare = self._spare, None
-                before, base = base, await asyncio.to_thread(self._apply, step, paths, base, spare)
-                if held is None or before is not held.weights:
-                    self._spare = before  # between two steps of a plan
-                apply_s += time.monotonic() - fetched
-        applied = time.monotonic()
-        assert base is not None, "a plan from nothing has a step"
+            weights = await self._decoding.carry_out(plan, fetch, None if held is None else held.weights)
         failpoints.hit("follow.after_apply")
-        reference = base if held is None else held.weights
-        await asyncio.to_thread(validate_names_shapes, base, reference, self._decode_workers)
         self._keyframe_only = False
         self._sources.worked(source)
         self._cache.evict(())
@@ -269,11 +256,10 @@ class Follower:
             bytes=plan.total_bytes,
             seconds=round(time.monotonic() - started, 3),
             plan_s=round(planned - started, 3),
-            fetch_s=round(applied - planned - apply_s, 3),
-            apply_s=round(apply_s, 3),
-            check_s=round(time.monotonic() - applied, 3),
+            fetch_s=round(fetch.last_came_s - planned, 3),
+            apply_s=round(time.monotonic() - fetch.last_came_s, 3),
         )
-        return HeldPolicy(weights=base, version=manifest.version, root=manifest.root)
+        return HeldPolicy(weights=weights, version=manifest.version, root=manifest.root)
 
     async def _plan(self, source: WeightSource, held: HeldPolicy | None, target: Manifest) -> Plan:
         """A relay may not have heard of the newest version yet, so it is told which one is wanted."""
@@ -286,18 +272,6 @@ class Follower:
         )
         answer = await source.stub.GetPlan(request, timeout=_PLAN_TIMEOUT_S, wait_for_ready=source.wait_for_ready)
         return from_plan(answer)
-
-    def _apply(
-        self,
-        step: PlanStep,
-        paths: list[Path],
-        base: Mapping[str, BitTensor] | None,
-        spare: Mapping[str, BitTensor] | None,
-    ) -> Mapping[str, BitTensor]:
-        """One update, out of place: with `spare` no more memory than for one part. apply_update proves the root of
-        what it returns."""
-        workers = self._decode_workers
-        return apply_update(paths, base, expect_root=step.target_root, workers=workers, staging=spare)
 
     def _check_signed(self, signed: SignedManifest) -> Manifest:
         """Raises CorruptObjectError for a signature that is not the learner's, BadInputError for another run."""

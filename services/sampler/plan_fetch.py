@@ -36,6 +36,8 @@ class PlanFetch:
         self._begun = 0
         self._under_way: list[int] = []
         """Sizes."""
+        self.last_came_s = time.monotonic()
+        """When the newest object was there."""
         self._progress = _Progress(tally, plan)
         # Many objects go whole, each by one channel; few are cut into a range for each channel.
         lanes = [number if len(refs) >= channels else None for number in range(len(refs))]
@@ -43,6 +45,10 @@ class PlanFetch:
             ref.object_id: asyncio.create_task(self._fetch(number, ref, lane))
             for number, (ref, lane) in enumerate(zip(refs.values(), lanes, strict=True))
         }
+
+    async def file(self, ref: ObjectRef) -> Path:
+        """One object. Raises what ObjectCache.fetch raises."""
+        return await self._tasks[ref.object_id]
 
     async def files(self, step: PlanStep) -> list[Path]:
         """The step's objects, in order. Raises what ObjectCache.fetch raises for any of them."""
@@ -64,6 +70,7 @@ class PlanFetch:
             ref, lambda size: self._progress.received(ref, size), lane=lane, self_checked=True
         )
         self._progress.finished(ref)
+        self.last_came_s = time.monotonic()
         async with self._changed:
             self._under_way.remove(ref.size_bytes)
             self._changed.notify_all()

@@ -1,0 +1,62 @@
+"""From a plan's files to verified weights, in as little memory and time as may be.
+
+One step: its parts are decoded as they come (EarlyDecoder), where there is memory of an old version to decode into.
+Otherwise, and wherever that gives nothing: apply_update on all files of a step, one step after another.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from services.runtime.errors import HeteroRLError
+from services.sampler.plan_fetch import PlanFetch
+from services.wire.delta import BitTensor, apply_update, validate_names_shapes
+from services.wire.delta.early import EarlyDecoder
+from services.wire.types import Plan, PlanStep, UpdateKind
+
+Held = Mapping[str, BitTensor]
+
+
+class Decoding:
+    """`workers` are threads. One plan at a time."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self.spare: Held | None = None
+        """Memory of a version that neither we nor the engine need any more: the next one is decoded into it."""
+
+    async def carry_out(self, plan: Plan, fetch: PlanFetch, held: Held | None) -> Held:
+        """The weights that `plan` leads to from `held`: each step's root is proved, and the last one's values are those
+        of a policy. Raises what fetching, apply_update and validate_names_shapes raise."""
+        base = held
+        for step in plan.steps:
+            spare, self.spare = self.spare, None
+            try:
+                if held is not None and spare is not None and len(plan.steps) == 1 and step.kind is UpdateKind.DELTA:
+                    weights = await self._as_it_comes(step, fetch, held, spare)
+                    if weights is not None:
+                        return weights
+                paths = await fetch.files(step)
+                before, base = base, await asyncio.to_thread(self._apply, step, paths, base, spare)
+            except HeteroRLError:
+                self.spare = spare
+                raise
+            if before is not held:
+                self.spare = before  # between two steps of a plan
+        assert base is not None, "a plan from nothing has a step"
+        await asyncio.to_thread(validate_names_shapes, base, base if held is None else held, self._workers)
+        return base
+
+    async def _as_it_comes(self, step: PlanStep, fetch: PlanFetch, held: Held, spare: Held) -> Held | None:
+        """Proved and looked at, or None: `spare` is memory still."""
+        early = EarlyDecoder(held, spare, base_root=step.base_root, target_root=step.target_root, workers=self._workers)
+        paths: list[Path] = []
+        for ref in step.objects:
+            paths.append(await fetch.file(ref))
+            await asyncio.to_thread(early.add, paths[-1])
+        return await asyncio.to_thread(early.finish, paths)
+
+    def _apply(self, step: PlanStep, paths: list[Path], base: Held | None, spare: Held | None) -> Held:
+        """One update, out of place: with `spare` no more memory than for one part. apply_update proves the root of
+        what it returns."""
+        return apply_update(paths, base, expect_root=step.target_root, workers=self._workers, staging=spare)

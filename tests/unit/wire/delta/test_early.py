@@ -1,0 +1,158 @@
+"""Decoding ahead of the last part: the same weights, or nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.wire.delta import BitTensor, Codec, EncodedUpdate, encode_delta, encode_keyframe, root_of
+from services.wire.delta import layout as layout_module
+from services.wire.delta.early import EarlyDecoder
+from tests.unit.wire.delta.samples import model, normal_bf16, nudged, same, tensor
+
+Policy = dict[str, BitTensor]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(layout_module, "PART_BYTES", 4096)
+
+
+def delta_of(base: Policy, new: Policy, codec: Codec = Codec.SX) -> EncodedUpdate:
+    return encode_delta(base, new, run_id="run", base_version=1, target_version=2, codec=codec)
+
+
+def copy_of(weights: Policy) -> Policy:
+    return {name: BitTensor(dtype=old.dtype, shape=old.shape, bits=old.bits.copy()) for name, old in weights.items()}
+
+
+def written(parts: tuple[bytes, ...], folder: Path) -> list[Path]:
+    paths = [folder / f"{number}.safetensors" for number in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        path.write_bytes(part)
+    return paths
+
+
+def decode(update: EncodedUpdate, paths: list[Path], base: Policy, staging: Policy, workers: int = 1) -> Policy | None:
+    early = EarlyDecoder(
+        base,
+        staging,
+        base_root=update.info.base_root or "",
+        target_root=update.info.target_root,
+        workers=workers,
+    )
+    for path in paths:
+        early.add(path)
+    return early.finish(paths)
+
+
+@pytest.fixture
+def versions() -> tuple[Policy, Policy]:
+    """The second has values that pass as a policy's: one bit pattern up or down from the first's."""
+    rng = np.random.default_rng(5)
+    base = {name: one for name, one in model(rng).items() if name != "model.scale"}
+    return base, {**nudged(rng, base, 0.0), "model.embed_tokens.weight": moved(rng, base["model.embed_tokens.weight"])}
+
+
+def moved(rng: np.random.Generator, old: BitTensor) -> BitTensor:
+    bits = old.bits + (rng.random(old.bits.size) < 0.1).astype(np.uint16)
+    return BitTensor(dtype=old.dtype, shape=old.shape, bits=bits)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("codec", [Codec.SX, Codec.XC])
+@pytest.mark.parametrize("turned", [False, True])
+def test_parts_in_any_order_make_the_weights_in_the_old_memory(
+    versions: tuple[Policy, Policy], codec: Codec, turned: bool, workers: int, tmp_path: Path
+) -> None:
+    base, new = versions
+    update = delta_of(base, new, codec)
+    assert len(update.parts) > 3
+    paths = written(update.parts, tmp_path)
+    staging = copy_of(base)
+    found = decode(update, paths[::-1] if turned else paths, base, staging, workers)
+    assert found is not None
+    assert same(found, new)
+    assert root_of(found) == update.info.target_root
+    assert all(found[name].bits is staging[name].bits for name in found)
+
+
+def one_missing(paths: list[Path]) -> list[Path]:
+    return paths[:-1]
+
+
+def one_twice(paths: list[Path]) -> list[Path]:
+    return [*paths, paths[0]]
+
+
+def one_instead_of_another(paths: list[Path]) -> list[Path]:
+    return [*paths[:-1], paths[0]]
+
+
+def one_damaged(paths: list[Path]) -> list[Path]:
+    data = bytearray(paths[1].read_bytes())
+    data[-1] ^= 1
+    paths[1].write_bytes(data)
+    return paths
+
+
+@pytest.mark.parametrize("fault", [one_missing, one_twice, one_instead_of_another, one_damaged])
+def test_parts_that_are_not_the_update_make_nothing(
+    versions: tuple[Policy, Policy], fault: Callable[[list[Path]], list[Path]], tmp_path: Path
+) -> None:
+    base, new = versions
+    update = delta_of(base, new)
+    assert decode(update, fault(written(update.parts, tmp_path)), base, copy_of(base)) is None
+
+
+def test_a_base_with_one_wrong_bit_makes_nothing(versions: tuple[Policy, Policy], tmp_path: Path) -> None:
+    base, new = versions
+    update = delta_of(base, new)
+    wrong = copy_of(base)
+    wrong["model.layers.0.mlp.up_proj.weight"].bits[7] ^= 1
+    assert decode(update, written(update.parts, tmp_path), wrong, copy_of(base)) is None
+
+
+def test_an_update_of_another_base_or_target_or_model_or_kind_makes_nothing(
+    versions: tuple[Policy, Policy], tmp_path: Path
+) -> None:
+    base, new = versions
+    update = delta_of(base, new)
+    for number, other in enumerate(
+        (
+            delta_of(new, base),
+            delta_of(base, nudged(np.random.default_rng(1), new, 0.01)),
+            encode_keyframe(new, run_id="run", version=2),
+            delta_of({"a": tensor("BF16", [1, 2])}, {"a": tensor("BF16", [1, 3])}),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert decode(update, written(other.parts, folder), base, copy_of(base)) is None
+
+
+@pytest.mark.parametrize("value", [0x7F80, 0x7FC0, 0x4F00], ids=["infinite", "nan", "exploded"])
+def test_values_that_no_policy_may_have_make_nothing(
+    versions: tuple[Policy, Policy], value: int, tmp_path: Path
+) -> None:
+    base, new = versions
+    new = copy_of(new)
+    new["model.embed_tokens.weight"].bits[11] = value
+    update = delta_of(base, new)
+    assert decode(update, written(update.parts, tmp_path), base, copy_of(base)) is None
+
+
+def test_memory_that_is_the_bases_or_cannot_be_written_or_is_of_another_model_is_left_alone(
+    versions: tuple[Policy, Policy], tmp_path: Path
+) -> None:
+    base, new = versions
+    update = delta_of(base, new)
+    paths = written(update.parts, tmp_path)
+    assert decode(update, paths, base, base) is None
+    frozen = copy_of(base)
+    frozen["model.norm.weight"].bits.flags.writeable = False
+    assert decode(update, paths, base, frozen) is None
+    assert decode(update, paths, base, {"a": tensor("BF16", normal_bf16(np.random.default_rng(1), 4))}) is None
+    assert root_of(base) == update.info.base_root
