@@ -75,7 +75,7 @@ class HostComparison:
         return _scan_chunk(self.base, self.new, chunk)
 
     def exponents(self, chunk: Chunk) -> ExponentSource:
-        return HostExponents.of(views_of(self.base, chunk), EXPONENT_SHIFT[chunk.dtype])
+        return HostExponents(pieces=views_of(self.base, chunk), shift=EXPONENT_SHIFT[chunk.dtype])
 
     def values(self, chunk: Chunk) -> Bits:
         return gather(self.new, chunk)

@@ -14,14 +14,15 @@ are Rice codes with a parameter of the group, and so are the few differences bey
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
 from services.runtime.errors import CorruptObjectError
 from services.wire.delta.dense import changes_of_split, pack_split, read_split, split_of_changes
 from services.wire.delta.density import SPLIT_FROM_DENSITY, Split
-from services.wire.delta.exponents import EXPONENT_SHIFT, EXPONENTS, SAMPLE_STRIDE, ExponentSource, exponents_of
-from services.wire.delta.members import FEW, Exponents, sets_between
+from services.wire.delta.exponents import EXPONENT_SHIFT, ExponentSource, HostExponents
+from services.wire.delta.members import EXPONENTS, FEW, SAMPLE_STRIDE, Exponents, groups_between
 from services.wire.delta.rice import (
     MAX_PARAMETER,
     Row,
@@ -90,7 +91,7 @@ def pack_by_exponent(source: ExponentSource, changes: Changes) -> bytes:
     splits: list[bytes] = []
     for changed in source.ranked(limits, changes, changed_exponents):
         group = _group_of(changed)
-        split = _cheaper_split(changed, group.bits())
+        split = _cheaper_split(changed, group)
         if split is None:
             headers.append(group.header())
             groups.append(group)
@@ -113,11 +114,11 @@ def read_by_exponent(reader: StreamReader, base: Sequence[Bits], dtype: str) -> 
         or any(low >= high for low, high in zip([0, *limits], limits, strict=False))
     ):
         raise CorruptObjectError("a chunk sorts its elements in an impossible way: fetch the object again")
-    groups = sets_between(exponents_of(base, shift), limits)
-    count = sum(piece.size for piece in base)
-    decoded = _read_groups(reader, [group.count for group in groups], base[0].dtype)
-    places = [group.positions(changes.positions) for group, changes in zip(groups, decoded, strict=True)]
-    positions = np.concatenate(places)
+    exponents = HostExponents(pieces=base, shift=shift)
+    groups, count = groups_between(exponents, limits), exponents.size
+    decoded = _read_groups(reader, groups.sizes, base[0].dtype)
+    edges = [0, *accumulate(changes.positions.size for changes in decoded)]
+    positions = groups.positions(np.concatenate([changes.positions for changes in decoded]), edges)
     differences = np.concatenate([changes.differences for changes in decoded])
     if positions.size > count * SPLIT_FROM_DENSITY:
         return Split(differences=split_of_changes(Changes(count=count, positions=positions, differences=differences)))
@@ -212,14 +213,14 @@ def _differences(negative: Places, big: Positions, beyond: Bits, dtype: "np.dtyp
     return np.where(negative, -sizes, sizes)
 
 
-def _cheaper_split(changes: Changes, rice_bits: int) -> bytes | None:
-    """SPLIT of a group, where it is smaller than so many bits, or those are more than a chunk may have."""
-    width = 8 * changes.differences.dtype.itemsize
-    too_many = rice_bits > width * changes.count + SLACK_BITS // (MAX_GROUPS + 1)
-    if not too_many and changes.positions.size < SPLIT_FROM_DENSITY * changes.count:
+def _cheaper_split(changes: Changes, group: Group) -> bytes | None:
+    """SPLIT of a group, where its rows are larger, or more than a chunk may have: never where little changed."""
+    if changes.positions.size < SPLIT_FROM_DENSITY * changes.count:
         return None
+    bits = group.bits()
     split = pack_split(split_of_changes(changes))
-    return split if too_many or 8 * len(split) < rice_bits else None
+    too_many = bits > 8 * changes.differences.dtype.itemsize * changes.count + SLACK_BITS // (MAX_GROUPS + 1)
+    return split if too_many or 8 * len(split) < bits else None
 
 
 def choose_limits(sampled: Exponents, changed_exponents: Exponents, sizes: Bits, count: int) -> list[int]:

@@ -1,11 +1,12 @@
-"""Sets of elements as bit masks: the rank of an element in its set, and the element of a rank.
+"""Elements sorted by exponent, without sorting them: bit masks that tell the rank of an element in its group and back.
 
-The sets are ranges of exponents, and cover all elements. 64 elements are one word, the first in the lowest bit; 8 words
-are a block. Finding them is work on bytes and words: nothing but its bits is written per element.
+64 elements are one word, the first in the lowest bit; 8 words are a block. Nothing but its bits is written per element.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -13,15 +14,18 @@ from services.wire.delta.sparse import Positions
 
 Exponents = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
-Flags = np.ndarray[tuple[int], np.dtype[np.bool_]]
+Rows = np.ndarray[tuple[int, int], np.dtype[np.uint64]]
 
 BLOCK = 512
+EXPONENTS = 256
 SCAN_ELEMENTS = 128 << 10
 """The bytes and flags of so many elements stay in a core's own cache."""
 
-FEW = 1 / 16
-"""Where so few elements lie below a limit, and MANY_LIMITS are lower still, these are looked for among the few only."""
-MANY_LIMITS = 4
+FEW = 1 / 100
+"""Where at most so few elements lie below a limit, the limits below it are looked for among those few only."""
+SAMPLE_STRIDE = 127
+DENSE = 1 / 32
+"""From so many of all elements on, places are looked up in a list of all instead of found one by one."""
 
 _WORD = np.uint64
 _BYTES = _WORD(0x0101_0101_0101_0101)
@@ -44,43 +48,118 @@ def _places_in_bytes() -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 _PLACES = _places_in_bytes()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Members:
-    """One set of elements."""
-
-    words: Words
-    """A multiple of 8."""
-
-    counts: Words
-    """How many members each word has, one byte per word: 8 words' counts are one number."""
-
-    reached: np.ndarray[tuple[int], np.dtype[np.int32]]
-    """How many members there are up to the end of each block."""
-
-    @staticmethod
-    def of(words: Words) -> "Members":
-        counts = np.bitwise_count(words).view(_WORD)
-        return Members(words=words, counts=counts, reached=np.cumsum(_sum_of_bytes(counts), dtype=np.int32))
+class ExponentRow(Protocol):
+    """Exponents of a row of elements."""
 
     @property
-    def count(self) -> int:
-        return int(self.reached[-1]) if self.reached.size else 0
+    def size(self) -> int: ...
 
-    def ranks(self, positions: Positions) -> Positions:
-        """How many members lie before each of these members."""
+    def sampled(self) -> Exponents:
+        """Of every SAMPLE_STRIDE-th element."""
+        ...
+
+    def at(self, positions: Positions) -> Exponents:
+        """At rising positions."""
+        ...
+
+    def read(self, first: int, out: Exponents) -> None:
+        """Those from `first` on into all of `out`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Listed:
+    """Exponents as they are."""
+
+    exponents: Exponents
+
+    @property
+    def size(self) -> int:
+        return self.exponents.size
+
+    def sampled(self) -> Exponents:
+        return self.exponents[::SAMPLE_STRIDE]
+
+    def at(self, positions: Positions) -> Exponents:
+        return self.exponents[positions]
+
+    def read(self, first: int, out: Exponents) -> None:
+        out[:] = self.exponents[first : first + out.size]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Groups:
+    """Elements by group; a group's elements keep their order. All arrays are rows of the groups, one after another."""
+
+    words: Words
+    """Which elements are in the group; a multiple of 8 for each."""
+
+    counts: Words
+    """How many 1 bits each word has, one byte per word: 8 words' counts are one number."""
+
+    reached: np.ndarray[tuple[int], np.dtype[np.int32]]
+    """How many 1 bits there are up to the end of each block."""
+
+    few: "Groups | None"
+    """The first groups, among the elements of row 0, which has those of them all."""
+
+    elements: Positions
+    """The elements of row 0, if `few`."""
+
+    starts: list[int]
+    """How many 1 bits are before each row, and in all."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many elements each group has."""
+        sizes = [stop - start for start, stop in pairwise(self.starts)]
+        return sizes if self.few is None else [*self.few.sizes, *sizes[1:]]
+
+    def ranks(self, positions: Positions, edges: Sequence[int]) -> Positions:
+        """How many elements of its group lie before each element; edges[g] is where those of group g begin."""
+        outer, few = self._edges(edges)
+        rows = len(self.starts) - 1
+        row_of = np.repeat(np.arange(rows), np.diff(outer))
         place = positions.astype(_WORD)
-        blocks = positions >> 9
+        blocks = (positions >> 9) + row_of * (self.counts.size // rows)
         counts = self.counts[blocks]
-        ranks = self.reached[blocks] - _sum_of_bytes(counts).astype(np.int64)
         earlier = counts & _lowest((place >> _WORD(6) & _WORD(7)) << _WORD(3))
-        ranks += _sum_of_bytes(earlier).astype(np.int64)
-        ranks += np.bitwise_count(self.words[positions >> 6] & _lowest(place & _WORD(63)))
+        ranks = self.reached[blocks] - (_sum_of_bytes(counts) - _sum_of_bytes(earlier)).astype(np.int64)
+        ranks -= np.asarray(self.starts)[row_of]
+        words = self.words[(blocks << 3) + (positions >> 6 & 7)]
+        ranks += np.bitwise_count(words & _lowest(place & _WORD(63)))
+        if self.few is not None:
+            ranks[: few[-1]] = self.few.ranks(ranks[: few[-1]], few)
         return ranks
 
-    def positions(self, ranks: Positions) -> Positions:
-        """The inverse of `ranks`, for rising ranks below `count`."""
-        if ranks.size > self.words.size:
-            return np.flatnonzero(np.unpackbits(self.words.view(np.uint8), bitorder="little").view(np.bool_))[ranks]
+    def positions(self, ranks: Positions, edges: Sequence[int]) -> Positions:
+        """The inverse of `ranks`; those of a group rise."""
+        outer, few = self._edges(edges)
+        first = few[-1] if self.few is not None else 0
+        positions = np.empty(ranks.size, np.int64)
+        if self.few is not None:
+            positions[:first] = self.elements[self.few.positions(ranks[:first], few)]
+        outer = [max(edge, first) for edge in outer]
+        if ranks.size > DENSE * self.starts[-1]:
+            for row, (start, stop) in enumerate(pairwise(outer)):
+                positions[start:stop] = _members(self._row(row))[ranks[start:stop]] if stop > start else 0
+        else:
+            row_of = np.repeat(np.arange(len(outer) - 1), np.diff(outer))
+            positions[first:] = self._select(ranks[first:] + np.asarray(self.starts)[row_of])
+            positions[first:] -= row_of * (self.words.size // (len(outer) - 1) * 64)
+        return positions
+
+    def _edges(self, edges: Sequence[int]) -> tuple[list[int], list[int]]:
+        """For our rows, and for the groups of `few`."""
+        inside = 0 if self.few is None else len(self.few.sizes)
+        return [0, *edges[max(inside, 1) :]], list(edges[: inside + 1])
+
+    def _row(self, row: int) -> Words:
+        size = self.words.size // (len(self.starts) - 1)
+        return self.words[row * size : (row + 1) * size]
+
+    def _select(self, ranks: Positions) -> Positions:
+        """The place of the 1 bit of each rank among all rows; the ranks rise."""
         blocks = np.searchsorted(self.reached, ranks.astype(np.int32), side="right")
         counts = self.counts[blocks]
         rest = (ranks - self.reached[blocks]).astype(_WORD) + _sum_of_bytes(counts)
@@ -95,80 +174,72 @@ class Members:
         passed = np.bitwise_count(((rest * _PAIRS | _PAIRS_TOP) - reached) & _PAIRS_TOP).astype(_WORD)
         rest -= (reached << _WORD(16)) >> (passed << _WORD(4)) & _WORD(0xFFFF)
         index = (blocks << 3) + (second.astype(np.int64) << 2) + passed.astype(np.int64)
-        return (index << 6) + _select(self.words[index], rest)
+        return (index << 6) + _select_in_words(self.words[index], rest)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Nested:
-    """A set among the members of another."""
-
-    outer: Members
-    elements: Positions
-    """The members of `outer`."""
-
-    inner: "Members | Nested"
-
-    @property
-    def count(self) -> int:
-        return self.inner.count
-
-    def ranks(self, positions: Positions) -> Positions:
-        return self.inner.ranks(self.outer.ranks(positions))
-
-    def positions(self, ranks: Positions) -> Positions:
-        return self.elements[self.inner.positions(ranks)]
-
-
-def sets_between(exponents: Exponents, limits: Sequence[int]) -> list[Members | Nested]:
-    """The elements with an exponent below the first limit, from each limit to below the next, and from the last on.
+def groups_between(source: ExponentRow, limits: Sequence[int]) -> Groups:
+    """Groups: exponents below the first limit, from each limit to below the next, and from the last on.
 
     `limits` rise, and are above 0.
     """
-    sets: list[Members | Nested] = []
-    above: Words = _first(exponents.size)
-    for number in range(len(limits) - 1, -1, -1):
-        below = _below(exponents, limits[number])
-        sets.append(Members.of(np.bitwise_xor(above, below, out=above)))
-        above = below
-        if number >= MANY_LIMITS:
-            outer = Members.of(below)
-            if outer.count <= FEW * exponents.size:
-                elements = _elements(below)
-                inner = sets_between(exponents[elements], limits[:number])
-                nested = [Nested(outer=outer, elements=elements, inner=one) for one in inner]
-                return [*nested, *reversed(sets)]
-    sets.append(Members.of(above))
-    return sets[::-1]
+    sample = np.bincount(source.sampled(), minlength=EXPONENTS).cumsum()
+    few = max((i for i, limit in enumerate(limits) if sample[limit - 1] <= FEW * sample[-1]), default=0)
+    rows = _rows(len(limits) - few + 1, -(-source.size // BLOCK) * (BLOCK // 64))
+    _mark(source, limits[few:], rows)
+    words = rows.reshape(-1)
+    counts = np.bitwise_count(words).view(_WORD)
+    reached = np.cumsum(_sum_of_bytes(counts), dtype=np.int32)
+    ends = reached.reshape(len(rows), -1)[:, -1].tolist() if rows.size else [0] * len(rows)
+    elements = _members(rows[0]) if few else np.zeros(0, np.int64)
+    inner = groups_between(Listed(exponents=source.at(elements)), limits[:few]) if few else None
+    return Groups(words=words, counts=counts, reached=reached, few=inner, elements=elements, starts=[0, *ends])
 
 
-def _below(exponents: Exponents, limit: int) -> Words:
-    """Which are below the limit."""
-    words = np.zeros(_words_for(exponents.size), _WORD)
-    coded = words.view(np.uint8)
-    flags = np.empty(min(SCAN_ELEMENTS, exponents.size), np.bool_)
-    for start in range(0, exponents.size, SCAN_ELEMENTS):
-        block = exponents[start : start + SCAN_ELEMENTS]
-        bits = np.packbits(np.less(block, np.uint8(limit), out=flags[: block.size]), bitorder="little")
-        coded[start // 8 : start // 8 + bits.size] = bits
-    return words
+def _rows(number: int, words: int) -> Rows:
+    """Rows of words; only the end of each, behind all elements, is set."""
+    rows = np.empty((number, words), _WORD)
+    rows[:, -(BLOCK // 64) :] = 0
+    return rows
 
 
-def _elements(words: Words) -> Positions:
-    """The places of all 1 bits."""
-    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_))
+def _mark(source: ExponentRow, limits: Sequence[int], rows: Rows) -> None:
+    """Sets the bit of each element in its group's row, block by block."""
+    coded = rows.view(np.uint8)
+    room = min(SCAN_ELEMENTS, source.size)
+    exponents, flags = np.empty(room, np.uint8), np.empty(room, np.bool_)
+    for start in range(0, source.size, SCAN_ELEMENTS):
+        count = min(SCAN_ELEMENTS, source.size - start)
+        block, flag = exponents[:count], flags[:count]
+        source.read(start, block)
+        first, last = start // 8, start // 8 + -(-count // 8)
+        below: Exponents | None = None
+        for row, limit in zip(coded, limits, strict=False):
+            bits = np.packbits(np.less(block, np.uint8(limit), out=flag), bitorder="little")
+            row[first:last] = bits if below is None else bits ^ below
+            below = bits
+        everything = np.packbits(np.ones(count, np.bool_), bitorder="little")
+        coded[-1, first:last] = everything if below is None else everything ^ below
 
 
-def _first(count: int) -> Words:
-    """The first `count` bits are 1."""
-    words = np.zeros(_words_for(count), _WORD)
-    words[: count // 64] = ~_WORD(0)
-    if count % 64:
-        words[count // 64] = (1 << count % 64) - 1
-    return words
-
-
-def _words_for(count: int) -> int:
-    return -(-count // BLOCK) * (BLOCK // 64)
+def _members(words: Words) -> Positions:
+    """The places of all 1 bits, by way of the bytes that have any."""
+    some = np.flatnonzero(words != 0)
+    data = words[some].view(np.uint8)
+    where = np.flatnonzero(data != 0)
+    data = data[where]
+    places = (some[where >> 3] << 6) + ((where & 7) << 3)
+    counts = np.bitwise_count(data)
+    ends = np.cumsum(counts, dtype=np.int64)
+    found = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
+    ends -= counts
+    index = data.astype(np.int64) << 3
+    rank = 0
+    while ends.size:
+        found[ends + rank] = places + _PLACES[index + rank]
+        rank += 1
+        more = np.flatnonzero(counts > rank)
+        ends, places, index, counts = ends[more], places[more], index[more], counts[more]
+    return found
 
 
 def _lowest(bits: Words) -> Words:
@@ -182,7 +253,7 @@ def _sum_of_bytes(numbers: Words) -> Words:
     return pairs * _PAIRS >> _WORD(48)
 
 
-def _select(words: Words, ranks: Words) -> Positions:
+def _select_in_words(words: Words, ranks: Words) -> Positions:
     """The place in each word of its 1 bit of the given rank."""
     # Per byte, how many bits are 1 up to its end; then how many of these counts do not exceed the rank.
     reached = np.bitwise_count(words.view(np.uint8)).view(_WORD) * _BYTES

@@ -65,7 +65,7 @@ def test_exponents_and_ranks_are_the_hosts(dtype: str) -> None:
     base = tensor(dtype, values).bits
     new = base.copy()
     new[rng.random(5000) < 0.05] += 1
-    host = HostExponents.of([base[:1234], base[1234:]], EXPONENT_SHIFT[dtype])
+    host = HostExponents(pieces=[base[:1234], base[1234:1235], base[1235:]], shift=EXPONENT_SHIFT[dtype])
     device = DeviceExponents.of(torch.from_numpy(base.view(f"i{size}").copy()), EXPONENT_SHIFT[dtype])
     changes = scan(base, new)
     assert np.array_equal(device.sampled(), host.sampled())

@@ -222,12 +222,14 @@ def test_the_documented_format_is_the_format(
     assert decode(encode_keyframe(new, run_id="run", version=1).parts, None) == values_of(new)
 
 
-def test_an_xc_delta_that_really_sorts_by_exponent_follows_the_document() -> None:
+@pytest.mark.parametrize("far", [[1], [1] * 30 + [2, 5, 30, 40, 20_000]], ids=["near", "far"])
+def test_an_xc_delta_that_really_sorts_by_exponent_follows_the_document(far: list[int]) -> None:
     """Small weights change often and large ones seldom, so that the encoder makes several groups."""
     rng = np.random.default_rng(1)
     exponents = rng.integers(100, 125, 60_000)
     bits = exponents << 7 | rng.integers(0, 128, exponents.size)
     step = (rng.random(exponents.size) < 2.0 ** (103 - exponents)) * rng.choice([-1, 1], exponents.size)
+    step *= rng.choice(far, exponents.size)
     base, new = {"w": tensor("BF16", bits)}, {"w": tensor("BF16", bits + step)}
     sizes: dict[str, int] = {}
     for codec in ("sx", "xc"):
