@@ -1,6 +1,6 @@
-"""The objects of a plan on their way to disk: several at a time, so that no link waits for a question's way.
+"""The objects of a plan on their way to disk: so that no link waits for a question's way.
 
-    refs ─► [small ones together, large ones two at a time] ─► ObjectCache ─► files of step 0 ─► files of step 1 …
+    refs ─► [the next one when little is left of those before] ─► ObjectCache ─► files of step 0 ─► files of step 1 …
 
 A step's files are there before all of the plan is: it is applied while the next ones come.
 """
@@ -9,18 +9,21 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from services.sampler.object_cache import ObjectCache
 from services.sampler.tally import Tally
 from services.wire.types import FetchProgress, ObjectRef, Plan, PlanStep
 
-_LARGE_AT_ONCE = 2
-"""While one object ends and the next is asked for, the other fills the link."""
+_AHEAD_BYTES = 4 << 20
+_AHEAD_S = 0.25
+"""The next object is asked for when so little is left of those under way: the longest round trip at the speed that was
+seen, so that the link is never empty; no more, because objects that come together come late together."""
+_MOST_AHEAD_BYTES = 64 << 20
 _MOST_AT_ONCE = 12
 """A server takes 16 calls from a connection, and announcements and plans go there too."""
-_SMALL_BYTES = 8 << 20
-"""So much is asked for at once, in any number of objects: a delta has one for each 64 MiB of the model."""
+_LEAST_S = 0.05
 _SPEED_GAIN = 0.3
 _SPEED_WINDOW_S = 0.5
 
@@ -29,57 +32,72 @@ class PlanFetch:
     """Made by `fetching`."""
 
     def __init__(self, cache: ObjectCache, plan: Plan, tally: Tally, channels: int) -> None:
-        refs = {ref.object_id: ref for step in plan.steps for ref in step.objects}
         self._cache = cache
-        self._large_at_once = max(_LARGE_AT_ONCE, channels)
-        self._changed = asyncio.Condition()
-        self._begun = 0
-        self._under_way: list[int] = []
-        """Sizes."""
+        self._channels = channels
+        self._refs = {ref.object_id: ref for step in plan.steps for ref in step.objects}
+        self._progress = _Progress(tally, plan)
+        self._room = asyncio.Event()
+        self._under_way: dict[str, asyncio.Task[Path]] = {}
+        self._files: dict[str, asyncio.Future[Path]] = {name: asyncio.Future() for name in self._refs}
+        self._beginning = asyncio.create_task(self._begin_each())
         self.last_came_s = time.monotonic()
         """When the newest object was there."""
-        self._progress = _Progress(tally, plan)
-        # Many objects go whole, each by one channel; few are cut into a range for each channel.
-        lanes = [number if len(refs) >= channels else None for number in range(len(refs))]
-        self._tasks = {
-            ref.object_id: asyncio.create_task(self._fetch(number, ref, lane))
-            for number, (ref, lane) in enumerate(zip(refs.values(), lanes, strict=True))
-        }
 
     async def file(self, ref: ObjectRef) -> Path:
         """One object. Raises what ObjectCache.fetch raises."""
-        return await self._tasks[ref.object_id]
+        return await self._files[ref.object_id]
 
     async def files(self, step: PlanStep) -> list[Path]:
         """The step's objects, in order. Raises what ObjectCache.fetch raises for any of them."""
-        return await asyncio.gather(*(self._tasks[ref.object_id] for ref in step.objects))
+        return await asyncio.gather(*(self._files[ref.object_id] for ref in step.objects))
 
     async def end(self) -> None:
         """Ends what is under way; what came stays on disk."""
-        for task in self._tasks.values():
+        self._beginning.cancel()
+        await asyncio.wait((self._beginning,))
+        tasks = list(self._under_way.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for file in self._files.values():
+            if not file.cancel() and not file.cancelled():
+                file.exception()  # nobody may have waited for it
 
-    async def _fetch(self, number: int, ref: ObjectRef, lane: int | None) -> Path:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._begun == number and self._has_room(ref.size_bytes))
-            self._begun += 1
-            self._under_way.append(ref.size_bytes)
-            self._changed.notify_all()
-        path = await self._cache.fetch(
-            ref, lambda size: self._progress.received(ref, size), lane=lane, self_checked=True
-        )
-        self._progress.finished(ref)
-        self.last_came_s = time.monotonic()
-        async with self._changed:
-            self._under_way.remove(ref.size_bytes)
-            self._changed.notify_all()
-        return path
+    async def _begin_each(self) -> None:
+        for number, ref in enumerate(self._refs.values()):
+            while not self._has_room():
+                self._room.clear()
+                await self._room.wait()
+            # Many objects go whole, each by one channel; few are cut into a range for each channel.
+            lane = number if len(self._refs) >= self._channels else None
+            task = asyncio.create_task(
+                self._cache.fetch(ref, partial(self._received, ref), lane=lane, self_checked=True)
+            )
+            self._under_way[ref.object_id] = task
+            task.add_done_callback(partial(self._ended, ref))
 
-    def _has_room(self, size_bytes: int) -> bool:
-        under_way = len(self._under_way)
-        small = under_way < _MOST_AT_ONCE and sum(self._under_way) + size_bytes <= _SMALL_BYTES
-        return small or under_way < self._large_at_once
+    def _has_room(self) -> bool:
+        most = min(_MOST_AHEAD_BYTES, max(_AHEAD_BYTES, int(_AHEAD_S * self._progress.pace)))
+        few = sum(self._progress.left(self._refs[name]) for name in self._under_way) <= most
+        return len(self._under_way) < self._channels or (few and len(self._under_way) < _MOST_AT_ONCE)
+
+    def _ended(self, ref: ObjectRef, task: asyncio.Task[Path]) -> None:
+        del self._under_way[ref.object_id]
+        self._room.set()
+        file = self._files[ref.object_id]
+        if file.done() or task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            self._progress.finished(ref)
+            self.last_came_s = time.monotonic()
+            file.set_result(task.result())
+        else:
+            file.set_exception(error)
+
+    def _received(self, ref: ObjectRef, size_bytes: int) -> None:
+        self._progress.received(ref, size_bytes)
+        self._room.set()
 
 
 @asynccontextmanager
@@ -106,10 +124,21 @@ class _Progress:
         self._speed = 0.0
         self._window_bytes = 0
         self._window_start = time.monotonic()
+        self._came = 0
+        self._first_came_s = 0.0
         self._show()
+
+    @property
+    def pace(self) -> float:
+        """Bytes a second since the first of them; 0 while that says nothing."""
+        passed_s = time.monotonic() - self._first_came_s
+        return self._came / passed_s if self._came and passed_s > _LEAST_S else 0.0
 
     def received(self, ref: ObjectRef, size: int) -> None:
         """Chunks come in bursts: speed is that of half a second, smoothed."""
+        if not self._came:
+            self._first_came_s = time.monotonic()
+        self._came += size
         self._window_bytes += size
         passed_s = time.monotonic() - self._window_start
         if passed_s >= _SPEED_WINDOW_S:
@@ -122,6 +151,10 @@ class _Progress:
     def finished(self, ref: ObjectRef) -> None:
         """Counts an object as done, whether it came now or lay on disk."""
         self._count(ref, ref.size_bytes)
+
+    def left(self, ref: ObjectRef) -> int:
+        """Bytes of an object that have not come."""
+        return ref.size_bytes - self._of.get(ref.object_id, 0)
 
     def _count(self, ref: ObjectRef, done: int) -> None:
         self._done += done - self._of.get(ref.object_id, 0)
