@@ -14,9 +14,9 @@ from services.wire.delta.conditioned import pack_by_exponent, read_by_exponent
 from services.wire.delta.density import Encoding, Split, encode_changes, read_encoded
 from services.wire.delta.exponents import EXPONENT_SHIFT, ExponentSource, HostExponents
 from services.wire.delta.layout import Chunk, gather, views_of
-from services.wire.delta.sparse import Changes, add_to, concatenated, scan
+from services.wire.delta.sparse import SCAN_ELEMENTS, Changes, concatenated, scan
 from services.wire.delta.streams import StreamReader, pack_planes, read_planes
-from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, Weights
+from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, RunningDigests, Weights, update_with
 
 WHOLE_FROM_DENSITY = 0.60
 CLUSTERED = 3.0
@@ -124,25 +124,48 @@ def decode_chunk(payload: memoryview, chunk: Chunk, base: Weights | None) -> Who
     return decoded
 
 
-def write_chunk(decoded: Whole | Split | Changes | None, chunk: Chunk, base: Weights | None, out: Weights) -> None:
-    """Writes the chunk's new values into the tensors of `out`. None: nothing changed. `base` is not written to."""
+def write_chunk(
+    decoded: Whole | Split | Changes | None,
+    chunk: Chunk,
+    base: Weights | None,
+    out: Weights,
+    running: RunningDigests | None = None,
+) -> None:
+    """Writes the chunk's new values into the tensors of `out`, and hashes them. None: nothing changed.
+
+    `base` is not written to.
+    """
+    if base is None and not isinstance(decoded, Whole):
+        raise WrongBaseError("this update changes an earlier version: give the version that it was made from")
     offset = 0
     for segment, target in zip(chunk.segments, views_of(out, chunk), strict=True):
-        stop = offset + segment.count
-        if isinstance(decoded, Whole):
-            target[:] = decoded.values[offset:stop]
-        elif base is None:
-            raise WrongBaseError("this update changes an earlier version: give the version that it was made from")
-        else:
-            source = base[segment.name].bits[segment.start : segment.start + segment.count]
-            if isinstance(decoded, Split):
-                np.add(source, decoded.differences[offset:stop], out=target)
-            elif decoded is None:
-                target[:] = source
-            else:
-                first, last = np.searchsorted(decoded.positions, (offset, stop))
-                add_to(target, source, decoded.positions[first:last] - offset, decoded.differences[first:last])
-        offset = stop
+        hasher = None if running is None else running.hasher_at(segment.name, segment.start)
+        source = None if base is None else base[segment.name].bits[segment.start : segment.start + segment.count]
+        # Block by block: what was just written is still in the cache when it is hashed.
+        for start in range(0, target.size, SCAN_ELEMENTS):
+            block = target[start : start + SCAN_ELEMENTS]
+            before = None if source is None else source[start : start + SCAN_ELEMENTS]
+            _write_block(decoded, offset + start, block, before)
+            if hasher is not None:
+                update_with(hasher, block)
+        if running is not None and hasher is not None:
+            running.done(segment.name, hasher, segment.start + segment.count)
+        offset += segment.count
+
+
+def _write_block(decoded: Whole | Split | Changes | None, start: int, block: Bits, before: Bits | None) -> None:
+    """New values of the chunk's elements from `start` on; `before` are the old ones."""
+    stop = start + block.size
+    if isinstance(decoded, Whole):
+        block[:] = decoded.values[start:stop]
+    elif before is not None:
+        if isinstance(decoded, Split):
+            np.add(before, decoded.differences[start:stop], out=block)
+            return
+        block[:] = before
+        if decoded is not None:
+            first, last = np.searchsorted(decoded.positions, (start, stop))
+            block[decoded.positions[first:last] - start] += decoded.differences[first:last]
 
 
 def _clustered(changes: Changes) -> bool:

@@ -41,8 +41,9 @@ MAX_GROUPS = 64
 SLACK_BITS = 4160
 """So many bits more than the elements themselves a chunk's rows may take: 64 for each group."""
 
+SAMPLED_CHANGES = 128 << 10
 GROUP_BITS = 40.0
-LIMIT_BITS_PER_ELEMENT = 0.0001
+LIMIT_BITS_PER_ELEMENT = 0.00007
 """What a group adds to the payload; and the price of time: looking at an element once more is worth so many bits."""
 
 Places = np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -229,11 +230,14 @@ def choose_limits(sampled: Exponents, changed_exponents: Exponents, sizes: Bits,
     `sizes` are the magnitudes of the differences, one for each of `changed_exponents`.
     """
     present = np.bincount(sampled, minlength=EXPONENTS) * float(SAMPLE_STRIDE)
+    stride = 1 + changed_exponents.size // SAMPLED_CHANGES
+    changed_exponents, sizes = changed_exponents[::stride], sizes[::stride]
     changed = np.bincount(changed_exponents, minlength=EXPONENTS)
     is_big = sizes != 1
     exponents_of_big, beyond = changed_exponents[is_big], np.minimum(sizes[is_big], 256) - 2.0
     big = np.bincount(exponents_of_big, minlength=EXPONENTS)
     total = np.bincount(exponents_of_big, weights=beyond, minlength=EXPONENTS)
+    changed, big, total = (counts * stride for counts in (changed, big, total))
     present = np.maximum(present, changed)
     seen = np.flatnonzero(present)
     reached = [np.concatenate(([0.0], np.cumsum(counts[seen]))) for counts in (present, changed, big, total)]

@@ -1,6 +1,6 @@
 """Parts to weights: out of place, verified, all or nothing.
 
-    parts ─► check each alone ─► check them together ─► chunks on threads into new arrays ─► hash ─► weights
+    parts ─► check each alone ─► check them together ─► chunks on threads into new arrays, hashed ─► weights
 
 Guarantee: what is returned has the target root that the update names. The other checks only refuse sooner and say why.
 """
@@ -20,9 +20,9 @@ from services.wire.delta.part import Part, load_part, parse_part
 from services.wire.delta.tensors import (
     BITS_TYPE,
     BitTensor,
+    RunningDigests,
     TensorForm,
     Weights,
-    digests_of,
     forms_of,
     root_of,
     root_of_digests,
@@ -78,14 +78,16 @@ def apply_update(
     else:
         base = None
     out = _reuse(staging, base, whole.forms) or _allocate(whole.forms)
+    running = RunningDigests()
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
             for part in load_parts(parts):
-                jobs = [pool.submit(_decode_into, part, chunk, base, out) for chunk in part.layout.chunks]
+                jobs = [pool.submit(_decode_into, part, chunk, base, out, running) for chunk in part.layout.chunks]
                 for job in jobs:
                     job.result()
-            found = digests_of(out, pool)
-        damaged = [name for name, digest in found.items() if digest != whole.digests[name]]
+            names = sorted(out)
+            found = zip(names, pool.map(running.of, names, (out[name].bits for name in names)), strict=True)
+            damaged = [name for name, digest in found if digest != whole.digests[name]]
         if damaged:
             raise CorruptObjectError(f"{damaged[0]} does not have its digest after the update: fetch a keyframe")
     except CorruptObjectError as error:
@@ -186,7 +188,7 @@ def _allocate(forms: Sequence[TensorForm]) -> dict[str, BitTensor]:
     return tensors
 
 
-def _decode_into(part: Part, chunk: Chunk, base: Weights | None, out: Weights) -> None:
+def _decode_into(part: Part, chunk: Chunk, base: Weights | None, out: Weights, running: RunningDigests) -> None:
     payload = part.payloads.get(chunk.key)
     decoded = None if payload is None else decode_chunk(payload, chunk, base)
-    write_chunk(decoded, chunk, base, out)
+    write_chunk(decoded, chunk, base, out, running)

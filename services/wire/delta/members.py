@@ -27,6 +27,9 @@ SAMPLE_STRIDE = 127
 DENSE = 1 / 32
 """From so many of all elements on, places are looked up in a list of all instead of found one by one."""
 
+RANKED_AT_ONCE = 32 << 10
+"""The numbers about so many elements stay in the cache too."""
+
 _WORD = np.uint64
 _BYTES = _WORD(0x0101_0101_0101_0101)
 _BYTES_TOP = _WORD(0x8080_8080_8080_8080)
@@ -118,19 +121,24 @@ class Groups:
     def ranks(self, positions: Positions, edges: Sequence[int]) -> Positions:
         """How many elements of its group lie before each element; edges[g] is where those of group g begin."""
         outer, few = self._edges(edges)
-        rows = len(self.starts) - 1
-        row_of = np.repeat(np.arange(rows), np.diff(outer))
+        row_of = np.repeat(np.arange(len(self.starts) - 1), np.diff(outer))
+        ranks = np.empty(positions.size, np.int64)
+        for start in range(0, positions.size, RANKED_AT_ONCE):
+            some = slice(start, start + RANKED_AT_ONCE)
+            ranks[some] = self._ranks(positions[some], row_of[some])
+        if self.few is not None:
+            ranks[: few[-1]] = self.few.ranks(ranks[: few[-1]], few)
+        return ranks
+
+    def _ranks(self, positions: Positions, row_of: Positions) -> Positions:
         place = positions.astype(_WORD)
-        blocks = (positions >> 9) + row_of * (self.counts.size // rows)
+        blocks = (positions >> 9) + row_of * (self.counts.size // (len(self.starts) - 1))
         counts = self.counts[blocks]
         earlier = counts & _lowest((place >> _WORD(6) & _WORD(7)) << _WORD(3))
         ranks = self.reached[blocks] - (_sum_of_bytes(counts) - _sum_of_bytes(earlier)).astype(np.int64)
         ranks -= np.asarray(self.starts)[row_of]
         words = self.words[(blocks << 3) + (positions >> 6 & 7)]
-        ranks += np.bitwise_count(words & _lowest(place & _WORD(63)))
-        if self.few is not None:
-            ranks[: few[-1]] = self.few.ranks(ranks[: few[-1]], few)
-        return ranks
+        return ranks + np.bitwise_count(words & _lowest(place & _WORD(63)))
 
     def positions(self, ranks: Positions, edges: Sequence[int]) -> Positions:
         """The inverse of `ranks`; those of a group rise."""
@@ -222,7 +230,9 @@ def _mark(source: ExponentRow, limits: Sequence[int], rows: Rows) -> None:
 
 
 def _members(words: Words) -> Positions:
-    """The places of all 1 bits, by way of the bytes that have any."""
+    """The places of all 1 bits: where they are few, by way of the bytes that have any."""
+    if int(np.bitwise_count(words).sum(dtype=np.int64)) > DENSE * 64 * words.size:
+        return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_))
     some = np.flatnonzero(words != 0)
     data = words[some].view(np.uint8)
     where = np.flatnonzero(data != 0)

@@ -118,13 +118,43 @@ def forms_of(weights: Weights) -> list[TensorForm]:
     return [check_form(name, weights[name].dtype, weights[name].shape) for name in sorted(weights)]
 
 
-def digest_of(bits: Bits) -> bytes:
-    """BLAKE3-256 of the little-endian bytes (docs/decisions/0001-blake3-for-tensors.md)."""
-    hasher = blake3()
+def update_with(hasher: blake3, bits: Bits) -> None:
+    """Adds the little-endian bytes of the elements."""
     data = bits.view(np.uint8)
     for start in range(0, data.size, HASH_BLOCK_BYTES):
         hasher.update(memoryview(cast("bytes", data[start : start + HASH_BLOCK_BYTES])))
+
+
+def digest_of(bits: Bits) -> bytes:
+    """BLAKE3-256 of the little-endian bytes (docs/decisions/0001-blake3-for-tensors.md)."""
+    hasher = blake3()
+    update_with(hasher, bits)
     return hasher.digest()
+
+
+class RunningDigests:
+    """Digests of tensors while they are written: a piece that continues its tensor is hashed from the cache.
+
+    Pieces may come in any order and from several threads, each element once: what was not in order is hashed at last.
+    """
+
+    def __init__(self) -> None:
+        self._reached: dict[str, tuple[blake3, int]] = {}
+
+    def hasher_at(self, name: str, start: int) -> blake3 | None:
+        """To be fed with the piece of `name` from `start` on, then `done`; None if what is before it is not hashed."""
+        hasher, reached = self._reached.get(name, (None, 0))
+        return (hasher or blake3()) if reached == start else None
+
+    def done(self, name: str, hasher: blake3, stop: int) -> None:
+        """All elements before `stop` are hashed."""
+        self._reached[name] = hasher, stop
+
+    def of(self, name: str, bits: Bits) -> bytes:
+        """The digest of the whole tensor, which is `bits`."""
+        hasher, reached = self._reached.get(name, (blake3(), 0))
+        update_with(hasher, bits[reached:])
+        return hasher.digest()
 
 
 def digests_of(weights: Weights, workers: int | ThreadPoolExecutor = 1) -> dict[str, bytes]:

@@ -1,5 +1,7 @@
 """Every bit comes back, in every type, at every density, through every codec."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from services.wire.delta import (
     root_of,
 )
 from services.wire.delta import layout as layout_module
-from services.wire.delta.tensors import EXPONENT_MASK, ITEM_BYTES
+from services.wire.delta.tensors import EXPONENT_MASK, ITEM_BYTES, RunningDigests, digest_of, update_with
 from tests.unit.wire.delta.samples import model, normal_bf16, nudged, random_tensor, same, tensor
 
 CODECS = [Codec.SX, Codec.XC]
@@ -158,6 +160,24 @@ def test_a_sparse_step_of_a_bf16_policy_is_small() -> None:
     bits_per_change = 8 * update.info.bytes / update.info.changed
     assert bits_per_change < 14
     assert encode_keyframe(base, run_id="run", version=0).info.ratio > 1.45
+
+
+def test_running_digests_are_those_of_the_whole_in_whatever_order_the_pieces_come() -> None:
+    rng = np.random.default_rng(9)
+    bits = normal_bf16(rng, 10_000)
+    cuts = [(0, 3000), (3000, 3001), (3001, 10_000)]
+    for order in itertools.permutations(cuts):
+        running = RunningDigests()
+        hashed = 0
+        for start, stop in order:
+            hasher = running.hasher_at("w", start)
+            if hasher is not None:
+                update_with(hasher, bits[start:stop])
+                running.done("w", hasher, stop)
+                hashed += stop - start
+        assert running.of("w", bits) == digest_of(bits)
+        assert hashed == (10_000 if order == tuple(cuts) else hashed) > 0
+    assert RunningDigests().of("w", bits[:0]) == digest_of(bits[:0])
 
 
 def test_exponent_masks_belong_to_known_types() -> None:
