@@ -200,6 +200,7 @@ def measure_speeds(traces: Path, repeats: int) -> dict[str, dict[str, float]]:
         "sx_decode_verify_staged": lambda: apply_update(sx, base, staging=staging),
         "xc_encode": lambda: delta(base, new, "xc", base_root=root),
         "xc_decode_verify": lambda: apply_update(xc, base),
+        "xc_decode_verify_staged": lambda: apply_update(xc, base, staging=staging),
         "keyframe_encode": lambda: encode_keyframe(base, run_id="bench", version=0),
         "keyframe_decode_verify": lambda: apply_update(keyframe.parts, None),
         "zstd3_full_encode": lambda: zstandard.ZstdCompressor(level=3).compress(full),

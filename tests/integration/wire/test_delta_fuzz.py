@@ -8,8 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.runtime.errors import BadInputError
-from services.wire.delta import BitTensor, apply_update, encode_delta, encode_keyframe, inspect, root_of
+from services.wire.delta import BitTensor, Codec, apply_update, encode_delta, encode_keyframe, inspect, root_of
+from services.wire.delta.codec import HostComparison, decode_chunk, encode_change
 from services.wire.delta.container import HEADER_LENGTH, header_bytes, parse_header
+from services.wire.delta.density import Encoding
+from services.wire.delta.layout import Chunk, Segment
+from services.wire.delta.sparse import Changes
 from services.wire.delta.streams import compress, decompress
 from tests.unit.wire.delta.samples import edited, model, nudged, seal, split_part
 
@@ -89,6 +93,39 @@ def test_mutated_entries_with_a_valid_check_are_refused_or_right(
     names = list(split_part(part)[1])
     name = names[entry % len(names)]
     decode_or_refuse(edited(part, entries=lambda blocks: blocks.update({name: mutate(blocks[name], edits)})))
+
+
+@cache
+def sound_xc_chunk() -> tuple[Policy, Chunk, bytes]:
+    """A chunk with rows of every kind: several groups, changes of one and of many, numbers far beyond their row."""
+    rng = np.random.default_rng(2)
+    bits = (rng.integers(100, 125, 20_000) << 7).astype(np.uint16)
+    hit = rng.random(bits.size) < 2.0 ** (103.0 - (bits >> 7))
+    far = rng.choice(np.array([1, 65535, 1, 65535, 3, 40, 20_000], np.uint16), bits.size)
+    base, new = ({"w": BitTensor(dtype="BF16", shape=(bits.size,), bits=b)} for b in (bits, bits + hit * far))
+    chunk = Chunk(dtype="BF16", segments=(Segment(name="w", start=0, count=bits.size),))
+    payload, _ = encode_change(HostComparison(base=base, new=new), chunk, Codec.XC)
+    assert payload[0] == Encoding.XC
+    return base, chunk, payload
+
+
+@settings(max_examples=300, deadline=None)
+@given(edits=EDITS, within=st.floats(0, 1))
+def test_mutated_xc_chunks_are_refused_or_changes_of_their_elements(
+    edits: list[tuple[str, float, bytes]], within: float
+) -> None:
+    base, chunk, payload = sound_xc_chunk()
+    cut = 1 + int(within * 90)
+    for damaged in (payload[:cut] + mutate(payload[cut:], edits), mutate(payload[:cut], edits) + payload[cut:]):
+        try:
+            decoded = decode_chunk(memoryview(damaged), chunk, base)
+        except BadInputError:
+            continue
+        if damaged[0] == Encoding.XC and isinstance(decoded, Changes):
+            assert decoded.positions.size == decoded.differences.size
+            assert decoded.positions.size == 0 or decoded.positions[-1] < chunk.count
+            assert np.all(np.diff(decoded.positions) > 0)
+            assert np.all(decoded.differences != 0)
 
 
 @settings(max_examples=80, deadline=None)
