@@ -38,11 +38,21 @@ def server_credentials(files: TlsFiles, clock: Clock = utc_now) -> tuple[grpc.Se
     """
     own = check_to_serve(files, clock())
     source = _Rotation(files, clock, own)
-    return grpc.dynamic_ssl_server_credentials(source.configuration, source.fetch, True), own.identity
+    credentials = grpc.dynamic_ssl_server_credentials(
+        source.configuration,
+        source.fetch,  # pyright: ignore[reportArgumentType] - None is "no change"; the stub does not know
+        True,
+    )
+    return credentials, own.identity
 
 
 class _Rotation:
-    """Notices new certificate files. gRPC calls `fetch` from its own threads, one at a time under the GIL."""
+    """Notices new certificate files. gRPC calls `fetch` from its own threads, one at a time under the GIL.
+
+    A configuration is given to gRPC once. For each that it is given it makes a TLS context and drops the one before,
+    which a handshake on another thread may be using (github.com/grpc/grpc/issues/36693): with one for each handshake
+    the process crashed when several connections came at the same moment.
+    """
 
     def __init__(self, files: TlsFiles, clock: Clock, own: OwnCertificate) -> None:
         self._files = files
@@ -51,8 +61,8 @@ class _Rotation:
         self._reported = ""
         self.configuration = _configuration(own)
 
-    def fetch(self) -> grpc.ServerCertificateConfiguration:
-        """The configuration for this handshake. Never raises: gRPC would refuse every client from then on.
+    def fetch(self) -> grpc.ServerCertificateConfiguration | None:
+        """A new configuration, or None for no change. Never raises: gRPC would refuse every client from then on.
 
         A set that does not pass our own check (a certificate without its key yet, say) leaves the old one in use.
         """
@@ -62,9 +72,10 @@ class _Rotation:
                 own = check_to_serve(self._files, self._clock())
                 self.configuration, self._seen = _configuration(own), stamp
                 _log.info("certificate_rotated", identity=own.identity, expires=own.expires.isoformat())
+                return self.configuration
         except Exception as error:  # a callback of gRPC is where a process's Python ends
             self._report(error)
-        return self.configuration
+        return None
 
     def _report(self, error: Exception) -> None:
         """Once for each fault: anybody can make handshakes."""

@@ -1,9 +1,10 @@
 """Mutual TLS between real servers and clients, with the certificates that `heterorl pki` makes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -171,6 +172,29 @@ async def test_the_server_takes_new_certificates_without_a_restart_and_keeps_ope
         (tmp_path / "new" / "ca.pem").write_bytes((pki / "ca.pem").read_bytes())
         assert await call(address, client_side(tmp_path / "new", "sampler-1"), UNARY) == b"x"
         assert await old.unary_unary(UNARY)(b"2", timeout=20) == b"2"
+
+
+async def test_grpc_is_given_a_certificate_once_and_not_at_each_handshake(
+    pki: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It frees the TLS context of the one before while another handshake uses it, and the process crashes."""
+    answers: list[grpc.ServerCertificateConfiguration | None] = []
+    make = grpc.dynamic_ssl_server_credentials
+
+    def recorded(initial: Any, fetch: Callable[[], Any], require: bool) -> grpc.ServerCredentials:
+        return make(initial, lambda: (answers.append(fetch()), answers[-1])[1], require)
+
+    monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", recorded)
+    async with serving(Echo(), server_side(pki)) as address:
+        for _ in range(3):
+            assert await call(address, client_side(pki, "sampler-1"), UNARY) == b"x"
+        assert answers == [None] * 3
+        make_dev_pki(tmp_path / "new", ["sampler-1"], [], NOW)
+        for name in ("ca.pem", "learner-key.pem", "learner.pem", "sampler-1.pem", "sampler-1-key.pem"):
+            os.replace(tmp_path / "new" / name, pki / name)
+        for _ in range(2):
+            assert await call(address, client_side(pki, "sampler-1"), UNARY) == b"x"
+        assert [answer is not None for answer in answers[3:]] == [True, False]
 
 
 @pytest.mark.parametrize("damage", ["key of another pair", "garbage", "absent"])
