@@ -91,11 +91,9 @@ def gaps_of(positions: Positions) -> Bytes8:
 
 def positions_of(coded: Bytes8, count: int) -> Positions:
     """The inverse of `gaps_of`. Raises CorruptObjectError where a position lies at or beyond `count`."""
-    is_end = coded != ESCAPE
-    if coded.size and not is_end[-1]:
+    if coded.size and coded[-1] == ESCAPE:
         raise CorruptObjectError("a list of gaps ends inside a gap: fetch the object again")
-    reached = np.cumsum(coded, dtype=np.int64)
-    positions = reached[is_end] if coded.size else reached
+    positions = np.cumsum(coded, dtype=np.int64)[np.flatnonzero(coded != ESCAPE)]
     positions += np.arange(positions.size)
     if positions.size and positions[-1] >= count:
         raise CorruptObjectError("a change lies outside its chunk: fetch the object again")
@@ -111,7 +109,7 @@ def pack_differences(differences: Bits) -> bytes:
     """Signs and sizes of differences that are never 0."""
     dtype = differences.dtype.type
     negative = differences.view(SIGNED[differences.dtype.itemsize]) < 0
-    big = np.flatnonzero((differences + dtype(1)) & ~dtype(2))  # 1 and -1 become 2 and 0
+    big = np.flatnonzero(((differences + dtype(1)) & ~dtype(2)) != 0)  # 1 and -1 become 2 and 0
     sizes = differences[big]
     sizes = np.where(negative[big], -sizes, sizes)
     signs = pack(np.packbits(negative), try_zstd=False)
