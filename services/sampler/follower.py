@@ -252,6 +252,7 @@ class Follower:
             root=manifest.root,
             base_version=None if held is None else held.version,
             plan_from=source.name if announced is None else "announcement",
+            fetched_from=source.name,
             steps="+".join(step.kind.name.lower() for step in plan.steps),
             bytes=plan.total_bytes,
             seconds=round(time.monotonic() - started, 3),

@@ -32,7 +32,8 @@ async def test_a_run_ends_with_all_weights_fetched_by_the_relay(tmp_path: Path) 
             if sampler.returncode is None:
                 sampler.kill()
         assert sampler.returncode == 0, log.decode()[-2000:]
-        assert '"plan_from": "relay"' in log.decode()
+        assert '"fetched_from": "relay"' in log.decode()
+        assert '"fetched_from": "learner"' not in log.decode()
         assert "relay_set_aside" not in log.decode()
         await learner.ended
     assert len(list((tmp_path / "relay" / "objects").iterdir())) > 3, "model files, a keyframe and deltas"
