@@ -2,72 +2,16 @@
 
 import asyncio
 import math
-from pathlib import Path
 
 import pytest
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from services.learner.admission import Standing
-from services.learner.dataset import Dataset, PromptOrder
-from services.learner.leases import Granted, LeaseRules, LeaseTable, Surroundings
-from services.learner.pacing import Pacing, PacingRules
-from services.learner.work import LeaseName, Work, seed_of
+from services.learner.leases import Granted
+from services.learner.pacing import PacingRules
+from services.learner.work import LeaseName, seed_of
 from services.runtime.errors import StorageError
-from services.wire.types import Lease, LeasePurpose, Prompt
-from tests.support.data_side import Clock
-
-TTL_S = 60.0
-PROMPTS = tuple(Prompt(prompt_id=f"p{n}", text=f"{n}?", answer="x") for n in range(10))
-
-
-class Table:
-    """A lease table in a learner that is all test doubles around it: buffer, sessions and journal are variables."""
-
-    def __init__(self, *, groups_per_step: int = 2, max_staleness: int = 1, epoch: int = 1) -> None:
-        self.clock = Clock(0.0)
-        self.waiting = 0
-        self.lost: set[str] = set()
-        self.samplers = 1
-        self.recorded = (0, 0)
-        self.disk_full = False
-        self.given_up: list[Work] = []
-        self.room = PacingRules(groups_per_step=groups_per_step, max_staleness=max_staleness, ahead=1.0)
-        order = PromptOrder(Dataset(path=Path("x"), prompts=PROMPTS, sha256=""), 1, False)
-        self.table = LeaseTable(
-            rules=LeaseRules(run_seed=3, group_size=4, ttl_s=TTL_S, grace_s=10.0),
-            order=order,
-            pacing=Pacing(self.room, self.clock),
-            learner_epoch=epoch,
-            clock=self.clock,
-            around=Surroundings(
-                waiting=lambda: self.waiting,
-                alive=lambda sampler_id, _: sampler_id not in self.lost,
-                samplers=lambda: self.samplers,
-                record=self.record,
-                given_up=self.given_up.append,
-            ),
-        )
-
-    async def record(self, following: int, floor: int) -> None:
-        await asyncio.sleep(0)
-        if self.disk_full:
-            raise StorageError("disk full")
-        self.recorded = (following, floor)
-
-    async def grant(self, sampler_id: str = "a", count: int = 99, version: int = 0, wait_s: float = 0.0) -> Granted:
-        return await self.table.grant(sampler_id, 1, count, version, wait_s)
-
-    async def leases(self, sampler_id: str = "a", count: int = 99, version: int = 0) -> list[Lease]:
-        return list((await self.grant(sampler_id, count, version)).leases)
-
-    def renew(self, leases: list[Lease], sampler_id: str = "a", version: int = 0) -> list[str]:
-        return list(self.table.renew(sampler_id, 1, [lease.lease_id for lease in leases], version))
-
-
-def ids(leases: list[Lease]) -> list[str]:
-    return [lease.prompt.prompt_id for lease in leases]
+from services.wire.types import LeasePurpose
+from tests.support.lease_table import PROMPTS, TTL_S, Table, ids
 
 
 async def test_nothing_is_granted_before_the_first_version() -> None:
@@ -341,89 +285,6 @@ def test_lease_names_are_read_back() -> None:
     name = LeaseName.parse("3-e2.17-4")
     assert name == LeaseName(learner_epoch=3, key="e2.17", grant=4)
     assert (str(name), name.number, name.eval_round) == ("3-e2.17-4", None, 2)
-
-
-class LeaseMachine(RuleBasedStateMachine):
-    """Samplers lease, answer, forget and die while versions rise: no prompt is lost, none has two holders, the room is
-    kept, and the learner can always go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loop = asyncio.new_event_loop()
-        self.given = Table(groups_per_step=2, max_staleness=1)
-        self.given.samplers = 2
-        self.given.table.advance(0)
-        self.version = 0
-        self.held: dict[str, list[Lease]] = {"a": [], "b": []}
-        self.answered: set[str] = set()
-
-    samplers = st.sampled_from(["a", "b"])
-
-    @rule(sampler=samplers, count=st.integers(1, 3), behind=st.integers(0, 3))
-    def lease(self, sampler: str, count: int, behind: int) -> None:
-        version = max(0, self.version - behind)
-        self.held[sampler] += self.loop.run_until_complete(self.given.leases(sampler, count, version))
-
-    @rule(sampler=samplers, pick=st.integers(0, 5))
-    def answer(self, sampler: str, pick: int) -> None:
-        if not self.held[sampler]:
-            return
-        lease = self.held[sampler].pop(pick % len(self.held[sampler]))
-        key = lease.lease_id.split("-")[1]
-        facts = self.given.table.facts(lease.lease_id, sampler)
-        assert (facts.standing is Standing.OPEN) == (key not in self.answered)
-        if facts.standing is Standing.OPEN:
-            self.given.table.answer(lease.lease_id, sampler)
-            self.answered.add(key)
-            self.given.waiting += 1
-
-    @rule(sampler=samplers, known=st.integers(0, 4))
-    def heartbeat(self, sampler: str, known: int) -> None:
-        self.given.renew(self.held[sampler][:known], sampler, self.version)
-
-    @rule(sampler=samplers)
-    def die(self, sampler: str) -> None:
-        self.held[sampler].clear()
-
-    @rule(seconds=st.sampled_from([5.0, 40.0, 90.0]))
-    def wait(self, seconds: float) -> None:
-        self.given.clock.advance(seconds)
-
-    @precondition(lambda self: self.given.waiting >= 2)
-    @rule()
-    def step(self) -> None:
-        self.given.waiting -= 2
-        self.version += 1
-        self.given.table.advance(self.version)
-
-    @invariant()
-    def the_room_is_kept(self) -> None:
-        self.given.table.expire()
-        assert self.given.table.active + self.given.waiting <= self.given.room.room
-
-    def teardown(self) -> None:
-        """Whatever happened: a fresh sampler alone brings the run forward."""
-
-        async def finish() -> None:
-            for _ in range(3):
-                goal = self.version + 1
-                for _ in range(20):
-                    self.given.clock.advance(TTL_S)
-                    for lease in await self.given.leases("a", 99, self.version):
-                        self.given.table.answer(lease.lease_id, "a")
-                        self.given.waiting += 1
-                    if self.given.waiting >= 2:
-                        self.step()
-                        break
-                assert self.version == goal
-
-        self.given.samplers = 1
-        self.loop.run_until_complete(finish())
-        self.loop.close()
-
-
-TestLeaseMachine = LeaseMachine.TestCase
-TestLeaseMachine.settings = hypothesis_settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
 def test_the_room_follows_the_formula() -> None:
