@@ -25,7 +25,7 @@ help: ## list the targets
 
 setup: $(STAMPS)/dev ## make the virtual environment with everything that runs and tests the project
 
-demo: $(STAMPS)/dev ## train a tiny policy over an emulated wide-area network (about 3 minutes, no GPU)
+demo: $(STAMPS)/dev ## train a tiny policy over an emulated wide-area network (one or two minutes, no GPU)
 	$(BIN)/heterorl demo
 
 test: $(STAMPS)/dev ## run all tests

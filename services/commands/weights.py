@@ -81,8 +81,8 @@ def part_paths(path: Path, count: int) -> list[Path]:
 
 
 def _diff(args: argparse.Namespace) -> int:
+    from services.runtime.files import atomic_write
     from services.wire.delta import inspect, iter_encode, read_weights
-    from services.wire.delta.files import write_file
     from services.wire.delta.layout import plan_parts
     from services.wire.delta.tensors import forms_of
 
@@ -103,7 +103,7 @@ def _diff(args: argparse.Namespace) -> int:
         _make_folder(args.out)
     _remove_stale(args.out, paths)
     for path, part in zip(paths, parts, strict=True):
-        write_file(path, [part])
+        atomic_write(path, part)
     _print_info(inspect(paths), f"{args.out}: ")
     return 0
 

@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from services.runtime.errors import HeteroRLError, StorageError
@@ -26,6 +26,11 @@ def storage_errors(what: str) -> Generator[None]:
 
 
 def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """As atomic_write_blocks, of one block."""
+    atomic_write_blocks(path, (data,), mode)
+
+
+def atomic_write_blocks(path: Path, blocks: Iterable[bytes | memoryview], mode: int = 0o644) -> None:
     """Readers see the old content or the new one, and after a power loss too. Raises StorageError.
 
     The content is on disk before its name is (fsync, rename), and the name is when this returns (fsync of the folder).
@@ -35,7 +40,7 @@ def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 os.fchmod(file.fileno(), mode)
-                file.write(data)
+                file.writelines(blocks)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -24,29 +24,16 @@ from services.sampler.weight_sources import WeightSources
 from services.wire.credentials import channel_credentials, server_credentials
 from services.wire.delta import BitTensor, Weights, read_weights, root_of
 from services.wire.tls import TlsFiles
-from services.wire.types import Manifest, ObjectRef, Plan, PlanStep, SignedManifest, UpdateKind
+from services.wire.types import ObjectRef, Plan, PlanStep, SignedManifest, UpdateKind
 from tests.bench.bench_transfer import RECEIVE_BYTES, send_raw, take_raw
 from tests.bench.tun_link import ADDRESSES
+from tests.support.scripted_learner import manifest_of
 from tests.support.weight_site import RUN_ID, dial, learner_site
 from tests.unit.learner.weights_of_tests import make_weights
 
 HOST = ADDRESSES[0]
 THREADS = 2
 """That encode and decode: `publish.workers` and `decode_threads` as shipped."""
-NO_MANIFEST = Manifest(
-    run_id=RUN_ID,
-    learner_epoch=1,
-    version=0,
-    root="",
-    parent_root="",
-    full_bytes=0,
-    parameters=0,
-    changed=0,
-    model_files_sha256="",
-    published_unix_ms=0,
-    update_bytes=0,
-)
-"""Of objects of random bytes."""
 
 
 def trace(traces: Path, step: int) -> dict[str, BitTensor]:
@@ -142,7 +129,7 @@ async def fetch_plans(
 async def fetch(cache: ObjectCache, refs: Sequence[ObjectRef], channels: int) -> None:
     """Goes on after a break, as a follower does; ends with the third."""
     step = PlanStep(kind=UpdateKind.KEYFRAME, base_root="", target_root="", target_version=0, objects=tuple(refs))
-    manifest = SignedManifest(manifest=b"", signature=b"", decoded=NO_MANIFEST)
+    manifest = SignedManifest(manifest=b"", signature=b"", decoded=manifest_of(0, ""))
     for left in (2, 1, 0):
         try:
             async with fetching(cache, Plan(target=manifest, steps=(step,)), Tally(), channels) as fetch:

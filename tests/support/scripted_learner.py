@@ -142,10 +142,9 @@ class ScriptedWeights(weights_pb2_grpc.WeightServiceServicer):
         else:
             update = encode_keyframe(weights, run_id=RUN_ID, version=version)
         self._keep(update)
-        data = encode_manifest(_manifest(version, root_of(weights)))
-        signed = SignedManifest(
-            manifest=data, signature=self._signer.sign(data), decoded=_manifest(version, root_of(weights))
-        )
+        manifest = manifest_of(version, root_of(weights))
+        data = encode_manifest(manifest)
+        signed = SignedManifest(manifest=data, signature=self._signer.sign(data), decoded=manifest)
         async with self._news:
             self._versions.append((signed, weights, update))
             self._news.notify_all()
@@ -199,7 +198,8 @@ class ScriptedWeights(weights_pb2_grpc.WeightServiceServicer):
             self.objects[hashlib.sha256(part).hexdigest()] = part
 
 
-def _manifest(version: int, root: str) -> Manifest:
+def manifest_of(version: int, root: str) -> Manifest:
+    """Of a version of which only the root matters."""
     return Manifest(
         run_id=RUN_ID,
         learner_epoch=1,

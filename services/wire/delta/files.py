@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 
 from services.runtime.errors import BadInputError, CorruptObjectError, InputMissingError, StorageError
+from services.runtime.files import atomic_write_blocks
 from services.wire.delta.container import HEADER_LENGTH, build_header, header_bytes, parse_header
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Weights, check_form, forms_of
 
@@ -65,38 +66,7 @@ def write_weights(weights: Weights, path: str | Path, metadata: Mapping[str, str
     """One .safetensors file, durable before it appears under its name. Raises StorageError or InvalidWeightsError."""
     forms = sorted(forms_of(weights), key=lambda form: (-form.item_bytes, form.name))
     head = build_header(metadata or {"format": "pt"}, [(form.name, form.dtype, form.shape) for form in forms])
-    write_file(Path(path), _blocks(head, [weights[form.name] for form in forms]))
-
-
-def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """Writes, fsyncs, renames, and fsyncs the directory: a reader sees the old file or the whole new one.
-
-    Raises StorageError, and leaves no temporary file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for block in blocks:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    atomic_write_blocks(Path(path), _blocks(head, [weights[form.name] for form in forms]))
 
 
 def _blocks(head: bytes, tensors: Iterable[BitTensor]) -> Iterator[bytes | memoryview]:
