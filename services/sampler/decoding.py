@@ -2,6 +2,9 @@
 
 One step: its parts are decoded as they come (EarlyDecoder), where there is memory of an old version to decode into.
 Otherwise, and wherever that gives nothing: apply_update on all files of a step, one step after another.
+
+Between two versions that memory is made a copy of the newer one (`recycle`): when the next delta comes, only what it
+changes is written.
 """
 
 import asyncio
@@ -11,7 +14,7 @@ from pathlib import Path
 from services.runtime.errors import HeteroRLError
 from services.sampler.plan_fetch import PlanFetch
 from services.wire.delta import BitTensor, apply_update, validate_names_shapes
-from services.wire.delta.early import EarlyDecoder
+from services.wire.delta.early import EarlyDecoder, copy_into
 from services.wire.types import Plan, PlanStep, UpdateKind
 
 Held = Mapping[str, BitTensor]
@@ -22,34 +25,51 @@ class Decoding:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self.spare: Held | None = None
+        self._spare: Held | None = None
         """Memory of a version that neither we nor the engine need any more: the next one is decoded into it."""
+        self._copy_of: Held | None = None
+        """What `_spare` is a copy of."""
+
+    async def recycle(self, weights: Held, held: Held) -> None:
+        """Takes memory that neither we nor the engine need any more, and makes it a copy of what is held."""
+        self._copy_of = None
+        self._spare = weights
+        if await asyncio.to_thread(copy_into, weights, held, self._workers):
+            self._copy_of = held
 
     async def carry_out(self, plan: Plan, fetch: PlanFetch, held: Held | None) -> Held:
         """The weights that `plan` leads to from `held`: each step's root is proved, and the last one's values are those
         of a policy. Raises what fetching, apply_update and validate_names_shapes raise."""
         base = held
         for step in plan.steps:
-            spare, self.spare = self.spare, None
+            spare, self._spare = self._spare, None
+            level, self._copy_of = held is not None and self._copy_of is held, None
             try:
                 if held is not None and spare is not None and len(plan.steps) == 1 and step.kind is UpdateKind.DELTA:
-                    weights = await self._as_it_comes(step, fetch, held, spare)
+                    weights = await self._as_it_comes(step, fetch, held, spare, level)
                     if weights is not None:
                         return weights
                 paths = await fetch.files(step)
                 before, base = base, await asyncio.to_thread(self._apply, step, paths, base, spare)
             except HeteroRLError:
-                self.spare = spare
+                self._spare = spare
                 raise
             if before is not held:
-                self.spare = before  # between two steps of a plan
+                self._spare = before  # between two steps of a plan
         assert base is not None, "a plan from nothing has a step"
         await asyncio.to_thread(validate_names_shapes, base, base if held is None else held, self._workers)
         return base
 
-    async def _as_it_comes(self, step: PlanStep, fetch: PlanFetch, held: Held, spare: Held) -> Held | None:
+    async def _as_it_comes(self, step: PlanStep, fetch: PlanFetch, held: Held, spare: Held, level: bool) -> Held | None:
         """Proved and looked at, or None: `spare` is memory still."""
-        early = EarlyDecoder(held, spare, base_root=step.base_root, target_root=step.target_root, workers=self._workers)
+        early = EarlyDecoder(
+            held,
+            spare,
+            base_root=step.base_root,
+            target_root=step.target_root,
+            workers=self._workers,
+            level=level,
+        )
         paths: list[Path] = []
         for ref in step.objects:
             paths.append(await fetch.file(ref))

@@ -148,7 +148,8 @@ class Follower:
                 in_engine = self.root == before.root
                 loaded = await self._load(engine, self.held)
                 if loaded and in_engine and before.weights is not self.held.weights:
-                    self._decoding.spare = before.weights  # an engine that kept the old version would still need it
+                    # An engine that kept the old version would still need it.
+                    await self._decoding.recycle(before.weights, self.held.weights)
 
     async def reached(self, version: int) -> None:
         """Waits until the engine generates with `version` or a later one."""

@@ -14,11 +14,13 @@ from services.wire.delta.conditioned import pack_by_exponent, read_by_exponent
 from services.wire.delta.density import Encoding, Split, encode_changes, read_encoded
 from services.wire.delta.exponents import EXPONENT_SHIFT, ExponentSource, HostExponents
 from services.wire.delta.layout import Chunk, gather, views_of
-from services.wire.delta.sparse import SCAN_ELEMENTS, Changes, concatenated, scan
+from services.wire.delta.sparse import Changes, concatenated, scan
 from services.wire.delta.streams import StreamReader, pack_planes, read_planes
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, RunningDigests, Weights, update_with
+from services.wire.delta.validate import largest_magnitude
 
 WHOLE_FROM_DENSITY = 0.60
+WRITE_ELEMENTS = 512 << 10
 CLUSTERED = 3.0
 """The mean square of gaps over the square of their mean is at most 2 where changes fall evenly."""
 
@@ -130,10 +132,13 @@ def write_chunk(
     base: Weights | None,
     out: Weights,
     running: RunningDigests | None = None,
+    peaks: dict[str, int] | None = None,
+    level: bool = False,
 ) -> None:
     """Writes the chunk's new values into the tensors of `out`, and hashes them. None: nothing changed.
 
-    `base` is not written to.
+    `base` is not written to. `peaks` gets each tensor's largest magnitude, as bits, among what changed here. `level`:
+    `out` has the values of `base` already.
     """
     if base is None and not isinstance(decoded, Whole):
         raise WrongBaseError("this update changes an earlier version: give the version that it was made from")
@@ -142,30 +147,41 @@ def write_chunk(
         hasher = None if running is None else running.hasher_at(segment.name, segment.start)
         source = None if base is None else base[segment.name].bits[segment.start : segment.start + segment.count]
         # Block by block: what was just written is still in the cache when it is hashed.
-        for start in range(0, target.size, SCAN_ELEMENTS):
-            block = target[start : start + SCAN_ELEMENTS]
-            before = None if source is None else source[start : start + SCAN_ELEMENTS]
-            _write_block(decoded, offset + start, block, before)
+        for start in range(0, target.size, WRITE_ELEMENTS):
+            block = target[start : start + WRITE_ELEMENTS]
+            before = None if source is None else source[start : start + WRITE_ELEMENTS]
+            changed = _write_block(decoded, offset + start, block, before, level)
             if hasher is not None:
                 update_with(hasher, block)
+            if peaks is not None:
+                peaks[segment.name] = max(peaks.get(segment.name, 0), largest_magnitude(changed))
         if running is not None and hasher is not None:
             running.done(segment.name, hasher, segment.start + segment.count)
         offset += segment.count
 
 
-def _write_block(decoded: Whole | Split | Changes | None, start: int, block: Bits, before: Bits | None) -> None:
-    """New values of the chunk's elements from `start` on; `before` are the old ones."""
+def _write_block(
+    decoded: Whole | Split | Changes | None, start: int, block: Bits, before: Bits | None, level: bool
+) -> Bits:
+    """New values of the chunk's elements from `start` on; `before` are the old ones. Returns those that may differ."""
     stop = start + block.size
     if isinstance(decoded, Whole):
         block[:] = decoded.values[start:stop]
-    elif before is not None:
-        if isinstance(decoded, Split):
-            np.add(before, decoded.differences[start:stop], out=block)
-            return
+        return block
+    if before is None:
+        return block[:0]
+    if isinstance(decoded, Split):
+        return np.add(before, decoded.differences[start:stop], out=block)
+    if not level:
         block[:] = before
-        if decoded is not None:
-            first, last = np.searchsorted(decoded.positions, (start, stop))
-            block[decoded.positions[first:last] - start] += decoded.differences[first:last]
+    if decoded is None:
+        return block[:0]
+    first, last = np.searchsorted(decoded.positions, (start, stop))
+    places = decoded.positions[first:last] - start
+    values = block[places]
+    values += decoded.differences[first:last]
+    block[places] = values
+    return values
 
 
 def _clustered(changes: Changes) -> bool:

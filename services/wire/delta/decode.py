@@ -77,7 +77,7 @@ def apply_update(
         check_same_forms(whole.forms, forms_of(base), "the update's tensors")
     else:
         base = None
-    out = _reuse(staging, base, whole.forms) or _allocate(whole.forms)
+    out = dict(staging) if staging is not None and can_stage(staging, base, whole.forms) else _allocate(whole.forms)
     running = RunningDigests()
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -98,6 +98,14 @@ def apply_update(
             ) from error
         raise
     return out
+
+
+def can_stage(staging: Weights, base: Weights | None, forms: Sequence[TensorForm]) -> bool:
+    """Whether these tensors fit, can be written, and share nothing with the base."""
+    return forms_of(staging) == list(forms) and all(
+        bits.flags.writeable and (base is None or not np.may_share_memory(bits, base[name].bits))
+        for name, bits in ((form.name, staging[form.name].bits) for form in forms)
+    )
 
 
 def load_parts(sources: Sequence[Source]) -> Iterator[Part]:
@@ -164,17 +172,6 @@ def _check_cover(form: TensorForm, segments: list[Segment]) -> None:
         end += segment.count
     if end != form.elements:
         raise CorruptObjectError(f"an update covers only {end} of {form.elements} elements of {form.name}")
-
-
-def _reuse(staging: Weights | None, base: Weights | None, forms: Sequence[TensorForm]) -> dict[str, BitTensor] | None:
-    """The staging tensors if they fit, can be written, and share nothing with the base."""
-    if staging is None or forms_of(staging) != list(forms):
-        return None
-    for form in forms:
-        bits = staging[form.name].bits
-        if not bits.flags.writeable or (base is not None and np.may_share_memory(bits, base[form.name].bits)):
-            return None
-    return dict(staging)
 
 
 def _allocate(forms: Sequence[TensorForm]) -> dict[str, BitTensor]:

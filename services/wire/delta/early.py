@@ -1,10 +1,10 @@
 """A delta decoded while its parts are still on their way, so that little is left to do when the last one is there.
 
-    part ─► chunks on threads into staging ─► tensors that are whole now ─► digest, finite, not exploded
+    part ─► chunks on threads into staging, hashed; their new values finite, not exploded ─► digests of whole tensors
     last part ─► survey of all parts ─► their digests are those that were found ─► weights
 
 This only works ahead. Whatever does not fit ends it without a word: `finish` then has nothing, and apply_update and
-validate_names_shapes say what is wrong. Guarantee: what `finish` returns has the expected root, and passed both.
+validate_names_shapes say what is wrong. Guarantee: what `finish` returns has the expected root, and would pass both.
 """
 
 from collections import Counter
@@ -16,26 +16,35 @@ import numpy as np
 
 from services.runtime.errors import HeteroRLError
 from services.wire.delta.codec import decode_chunk, write_chunk
-from services.wire.delta.decode import survey
-from services.wire.delta.layout import Chunk
+from services.wire.delta.decode import can_stage, survey
+from services.wire.delta.layout import Chunk, Segment
 from services.wire.delta.part import Part, load_part, parse_part
-from services.wire.delta.tensors import BitTensor, Weights, digests_of, forms_of
-from services.wire.delta.validate import validate_names_shapes
+from services.wire.delta.tensors import BitTensor, RunningDigests, Weights, forms_of
+from services.wire.delta.validate import may_follow
 
 
 class EarlyDecoder:
-    """For one delta from `base`, into the memory of `staging`, weights of this model that nobody needs any more."""
+    """For one delta from `base`, into the memory of `staging`, weights of this model that nobody needs any more.
 
-    def __init__(self, base: Weights, staging: Weights, *, base_root: str, target_root: str, workers: int) -> None:
+    `base` has passed validate_names_shapes: what did not change is not looked at again. `level`: `staging` is a copy of
+    `base`, of which only what changed is written.
+    """
+
+    def __init__(
+        self, base: Weights, staging: Weights, *, base_root: str, target_root: str, workers: int, level: bool = False
+    ) -> None:
         forms = forms_of(base)
         self._forms = {form.name: form for form in forms}
         self._base = base
         self._out = dict(staging)
         self._roots = (base_root, target_root)
         self._workers = workers
+        self._level = level
         self._missing = Counter({form.name: form.elements for form in forms})
+        self._running = RunningDigests()
         self._digests: dict[str, bytes] = {}
-        self._fits = forms_of(staging) == forms and all(_is_free(staging[form.name], base[form.name]) for form in forms)
+        self._peaks: dict[str, int] = {}
+        self._fits = can_stage(staging, base, forms)
 
     def add(self, path: Path) -> None:
         """Decodes the next part. Blocks."""
@@ -54,9 +63,11 @@ class EarlyDecoder:
         if not self._fits:
             return None
         try:
-            self._look_at(self._forms.keys() - self._digests.keys())
+            self._conclude(self._forms.keys() - self._digests.keys())
             whole = survey(paths)
         except HeteroRLError:
+            return None
+        if not all(may_follow(self._out[name], self._base[name], peak) for name, peak in self._peaks.items()):
             return None
         if whole.info.target_root != self._roots[1] or whole.forms != list(self._forms.values()):
             return None
@@ -68,27 +79,39 @@ class EarlyDecoder:
         return named and (part.info.base_root, part.info.target_root) == self._roots
 
     def _decode(self, part: Part) -> None:
+        written: dict[str, list[Segment]] = {}
         with ThreadPoolExecutor(self._workers, thread_name_prefix="decode") as pool:
             for job in [pool.submit(self._decode_chunk, part, chunk) for chunk in part.layout.chunks]:
-                job.result()
-        touched: set[str] = set()
+                for name, peak in job.result().items():
+                    self._peaks[name] = max(peak, self._peaks.get(name, 0))
         for chunk in part.layout.chunks:
             for segment in chunk.segments:
                 self._missing[segment.name] -= segment.count
-                touched.add(segment.name)
-        self._look_at({name for name in touched if self._missing[name] == 0})
+                written.setdefault(segment.name, []).append(segment)
+        for name, segments in written.items():
+            if self._missing[name]:
+                first, last = segments[0], segments[-1]
+                self._running.advance(name, self._out[name].bits, first.start, last.start + last.count)
+        self._conclude({name for name in written if self._missing[name] == 0})
 
-    def _decode_chunk(self, part: Part, chunk: Chunk) -> None:
+    def _decode_chunk(self, part: Part, chunk: Chunk) -> dict[str, int]:
+        """Returns the peaks."""
         payload = part.payloads.get(chunk.key)
         decoded = None if payload is None else decode_chunk(payload, chunk, self._base)
-        write_chunk(decoded, chunk, self._base, self._out)
+        peaks: dict[str, int] = {}
+        write_chunk(decoded, chunk, self._base, self._out, self._running, peaks, self._level)
+        return peaks
 
-    def _look_at(self, names: set[str]) -> None:
-        """Digests of tensors that are whole. Raises InvalidWeightsError for values that no policy may have."""
-        ours, theirs = ({name: weights[name] for name in names} for weights in (self._out, self._base))
-        self._digests |= digests_of(ours, self._workers)
-        validate_names_shapes(ours, theirs, self._workers)
+    def _conclude(self, names: set[str]) -> None:
+        """Digests of tensors that are whole."""
+        self._digests |= {name: self._running.of(name, self._out[name].bits) for name in names}
 
 
-def _is_free(tensor: BitTensor, base: BitTensor) -> bool:
-    return tensor.bits.flags.writeable and not np.may_share_memory(tensor.bits, base.bits)
+def copy_into(staging: Weights, base: Weights, workers: int) -> bool:
+    """Makes `staging` a copy of `base`; False, and untouched, where it cannot stage it. Blocks."""
+    if not can_stage(staging, base, forms_of(base)):
+        return False
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        for job in [pool.submit(np.copyto, staging[name].bits, base[name].bits) for name in base]:
+            job.result()
+    return True

@@ -150,6 +150,13 @@ class RunningDigests:
         """All elements before `stop` are hashed."""
         self._reached[name] = hasher, stop
 
+    def advance(self, name: str, bits: Bits, start: int, stop: int) -> None:
+        """Hashes the tensor, `bits`, up to `stop`, before which all is written, if all before `start` is hashed."""
+        hasher, reached = self._reached.get(name, (blake3(), 0))
+        if start <= reached < stop:
+            update_with(hasher, bits[reached:stop])
+            self.done(name, hasher, stop)
+
     def of(self, name: str, bits: Bits) -> bytes:
         """The digest of the whole tensor, which is `bits`."""
         hasher, reached = self._reached.get(name, (blake3(), 0))

@@ -3,10 +3,8 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from services.runtime.errors import InvalidWeightsError
-from services.wire.delta.tensors import BITS_TYPE, EXPONENT_MASK, BitTensor, TensorForm, Weights, forms_of
+from services.wire.delta.tensors import BITS_TYPE, EXPONENT_MASK, Bits, BitTensor, TensorForm, Weights, forms_of
 
 FINITE_BLOCK = 128 << 10
 """Elements of a block that stays in a core's own cache."""
@@ -40,19 +38,14 @@ def check_same_forms(found: Iterable[TensorForm], expected: Iterable[TensorForm]
             )
 
 
-def largest_magnitude(tensor: BitTensor) -> int:
+def largest_magnitude(bits: Bits) -> int:
     """The bits of the largest magnitude among the elements, 0 where there are none.
 
     Without the sign, the bits of floating-point numbers sort like their magnitudes, infinities and NaNs last.
     """
-    size = tensor.bits.dtype.itemsize
-    unsigned = BITS_TYPE[size](ALL_BUT_SIGN[size])
-    magnitudes = np.empty(min(FINITE_BLOCK, tensor.bits.size), tensor.bits.dtype)
-    largest = 0
-    for start in range(0, tensor.bits.size, FINITE_BLOCK):
-        block = tensor.bits[start : start + FINITE_BLOCK]
-        largest = max(largest, int(np.bitwise_and(block, unsigned, out=magnitudes[: block.size]).max()))
-    return largest
+    unsigned = BITS_TYPE[bits.dtype.itemsize](ALL_BUT_SIGN[bits.dtype.itemsize])
+    blocks = (bits[start : start + FINITE_BLOCK] for start in range(0, bits.size, FINITE_BLOCK))
+    return max((int((block & unsigned).max()) for block in blocks), default=0)
 
 
 def is_finite(tensor: BitTensor) -> bool:
@@ -60,7 +53,7 @@ def is_finite(tensor: BitTensor) -> bool:
     mask = EXPONENT_MASK.get(tensor.dtype)
     if mask is None:
         return not any(bool((tensor.bits == nan).any()) for nan in ONLY_NANS.get(tensor.dtype, ()))
-    return largest_magnitude(tensor) < mask
+    return largest_magnitude(tensor.bits) < mask
 
 
 def has_exploded(tensor: BitTensor, before: BitTensor) -> bool:
@@ -68,13 +61,19 @@ def has_exploded(tensor: BitTensor, before: BitTensor) -> bool:
 
     `before` is looked at only where the first holds: few tensors of a model have elements beyond 1.
     """
-    mantissa = MANTISSA_BITS.get(tensor.dtype)
-    if mantissa is None:
+    return tensor.dtype in MANTISSA_BITS and _is_explosion(largest_magnitude(tensor.bits), before)
+
+
+def may_follow(tensor: BitTensor, before: BitTensor, peak: int) -> bool:
+    """Whether it is finite and has not exploded, where that is known of `before`: then only what changed can be wrong.
+
+    `peak`: largest_magnitude of what changed.
+    """
+    if tensor.dtype in ONLY_NANS:
+        return is_finite(tensor)
+    if tensor.dtype in EXPONENT_MASK and peak >= EXPONENT_MASK[tensor.dtype]:
         return False
-    largest = largest_magnitude(tensor)
-    return largest > BITS_OF_ONE[tensor.dtype] and largest > largest_magnitude(before) + (
-        EXPLOSION_EXPONENT << mantissa
-    )
+    return tensor.dtype not in MANTISSA_BITS or not _is_explosion(peak, before)
 
 
 def validate_names_shapes(weights: Weights, reference: Weights, workers: int = 1) -> None:
@@ -98,3 +97,9 @@ def _problem(name: str, tensor: BitTensor, before: BitTensor) -> str:
     if tensor is not before and has_exploded(tensor, before):
         return f"{name} grew more than {1 << EXPLOSION_EXPONENT}-fold: keep the version before this one"
     return ""
+
+
+def _is_explosion(largest: int, before: BitTensor) -> bool:
+    return largest > BITS_OF_ONE[before.dtype] and largest > largest_magnitude(before.bits) + (
+        EXPLOSION_EXPONENT << MANTISSA_BITS[before.dtype]
+    )

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from services.wire.delta import BitTensor, Codec, EncodedUpdate, encode_delta, encode_keyframe, root_of
 from services.wire.delta import layout as layout_module
-from services.wire.delta.early import EarlyDecoder
+from services.wire.delta.early import EarlyDecoder, copy_into
+from services.wire.delta.tensors import ITEM_BYTES
+from services.wire.delta.validate import BITS_OF_ONE, has_exploded, is_finite, largest_magnitude, may_follow
 from tests.unit.wire.delta.samples import model, normal_bf16, nudged, same, tensor
 
 Policy = dict[str, BitTensor]
@@ -35,13 +39,16 @@ def written(parts: tuple[bytes, ...], folder: Path) -> list[Path]:
     return paths
 
 
-def decode(update: EncodedUpdate, paths: list[Path], base: Policy, staging: Policy, workers: int = 1) -> Policy | None:
+def decode(
+    update: EncodedUpdate, paths: list[Path], base: Policy, staging: Policy, workers: int = 1, level: bool = False
+) -> Policy | None:
     early = EarlyDecoder(
         base,
         staging,
         base_root=update.info.base_root or "",
         target_root=update.info.target_root,
         workers=workers,
+        level=level,
     )
     for path in paths:
         early.add(path)
@@ -64,15 +71,18 @@ def moved(rng: np.random.Generator, old: BitTensor) -> BitTensor:
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("codec", [Codec.SX, Codec.XC])
 @pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("level", [False, True])
 def test_parts_in_any_order_make_the_weights_in_the_old_memory(
-    versions: tuple[Policy, Policy], codec: Codec, turned: bool, workers: int, tmp_path: Path
+    versions: tuple[Policy, Policy], codec: Codec, turned: bool, workers: int, level: bool, tmp_path: Path
 ) -> None:
     base, new = versions
     update = delta_of(base, new, codec)
     assert len(update.parts) > 3
     paths = written(update.parts, tmp_path)
-    staging = copy_of(base)
-    found = decode(update, paths[::-1] if turned else paths, base, staging, workers)
+    staging = copy_of(new)
+    if level:
+        assert copy_into(staging, base, workers)
+    found = decode(update, paths[::-1] if turned else paths, base, staging, workers, level)
     assert found is not None
     assert same(found, new)
     assert root_of(found) == update.info.target_root
@@ -142,6 +152,42 @@ def test_values_that_no_policy_may_have_make_nothing(
     new["model.embed_tokens.weight"].bits[11] = value
     update = delta_of(base, new)
     assert decode(update, written(update.parts, tmp_path), base, copy_of(base)) is None
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(["BF16", "F16", "F32", "F8_E5M2", "F8_E4M3", "I16"]),
+    st.lists(st.tuples(st.integers(0, 7), st.sampled_from(range(0, 1 << 16, 61))), max_size=8),
+    st.integers(0, 1 << 32),
+)
+def test_what_changed_tells_whether_a_tensor_may_follow(dtype: str, changes: list[tuple[int, int]], seed: int) -> None:
+    size = ITEM_BYTES[dtype]
+    base = tensor(dtype, np.random.default_rng(seed).integers(0, BITS_OF_ONE.get(dtype, 0x30) * 2, 8))
+    new = copy_of({"w": base})["w"]
+    for place, value in changes:
+        new.bits[place] = value << 8 * (size - 2) if size > 1 else value & 0xFF
+    assume(is_finite(base))
+    peak = largest_magnitude(new.bits[new.bits != base.bits])
+    assert may_follow(new, base, peak) == (is_finite(new) and not has_exploded(new, base))
+
+
+def test_memory_that_is_said_to_be_a_copy_and_is_not_makes_nothing(
+    versions: tuple[Policy, Policy], tmp_path: Path
+) -> None:
+    base, new = versions
+    update = delta_of(base, new)
+    staging = copy_of(base)
+    staging["model.norm.weight"].bits[3] ^= 1
+    assert decode(update, written(update.parts, tmp_path), base, staging, level=True) is None
+
+
+def test_only_memory_of_its_own_is_made_a_copy(versions: tuple[Policy, Policy]) -> None:
+    base, new = versions
+    assert not copy_into(base, base, 2)
+    assert not copy_into({"a": tensor("BF16", [1, 2])}, base, 2)
+    staging = copy_of(new)
+    assert copy_into(staging, base, 2)
+    assert same(staging, base)
 
 
 def test_memory_that_is_the_bases_or_cannot_be_written_or_is_of_another_model_is_left_alone(
