@@ -1,11 +1,13 @@
 """New weights to a published version, off the training path.
 
     bf16 bits ─► encode against the baseline ─► objects (fsync, rename) ─► manifest row ─► baseline advances ─► announce
+                                                    └─► told of while the next ones are made
 
 A crash before the row leaves objects that nobody names; a crash after it leaves a version that is complete.
 """
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
@@ -54,6 +56,14 @@ class Snapshot:
     still follow each other."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class News:
+    """The newest version, and what is there of the update that is being made for the next one."""
+
+    version: Version
+    coming: PlanStep | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
     """`delta_ratio` is full size / update size; `changed_share` of all elements; 0 where nothing was encoded."""
@@ -89,8 +99,9 @@ class Publisher:
         self._settings = settings
         self._unix_ms = unix_ms
         self._encoder = ThreadPoolExecutor(1, "publish", initializer=_give_way)
-        self._announced = asyncio.Condition()
         self._latest: Snapshot | None = None
+        self._news: News | None = None
+        self._told = asyncio.Event()
 
     @property
     def latest(self) -> Snapshot:
@@ -107,13 +118,22 @@ class Publisher:
         Raises StorageError, or InvalidWeightsError where the weights are of another model than the version before.
         """
         started = time.perf_counter()
-        row, published, store_s = await asyncio.get_running_loop().run_in_executor(
-            self._encoder, self._make, version, weights, comparison
-        )
+        loop = asyncio.get_running_loop()
+
+        def tell(coming: PlanStep) -> None:
+            with contextlib.suppress(RuntimeError):  # the process ends, and its loop has ended
+                loop.call_soon_threadsafe(self._tell, coming)
+
+        try:
+            row, published, store_s = await loop.run_in_executor(
+                self._encoder, self._make, version, weights, comparison, tell
+            )
+        except HeteroRLError:
+            self._tell(None)
+            raise
         base = version if row.update is not None or self._latest is None else self._latest.base_number
         self._latest = Snapshot(version=row, weights=weights, base_number=base)
-        async with self._announced:
-            self._announced.notify_all()
+        self._tell(None)
         seconds = time.perf_counter() - started
         _log.info(
             "version_published",
@@ -145,39 +165,46 @@ class Publisher:
         row = await asyncio.to_thread(self._adopt, version, weights, root)
         base = row.update.target_version if row.update is not None else version
         self._latest = Snapshot(version=row, weights=weights, base_number=base)
-        async with self._announced:
-            self._announced.notify_all()
+        self._tell(None)
 
-    async def wait_for_change(self, seen: Version | None) -> Version:
-        """*Waits for* a newest version that is not `seen`; *produces* it, skipping what came between; *on cancel*
-        nothing is lost."""
-        async with self._announced:
-            while self._latest is None or self._latest.version is seen:
-                await self._announced.wait()
-            return self._latest.version
+    async def wait_for_news(self, seen: News | None) -> News:
+        """*Waits for* news that are not `seen`; *produces* the newest, skipping what came between; *on cancel* nothing
+        is lost."""
+        while self._news is None or self._news is seen:
+            await self._told.wait()
+        return self._news
 
-    def _make(self, number: int, weights: Weights, comparison: Comparison | None) -> tuple[Version, Manifest, float]:
-        """Encodes, stores, writes the row; the seconds that storing took. Blocks."""
+    def _tell(self, coming: PlanStep | None) -> None:
+        if self._latest is not None:
+            self._news = News(version=self._latest.version, coming=coming)
+            self._told.set()
+            self._told = asyncio.Event()
+
+    def _make(
+        self,
+        number: int,
+        weights: Weights,
+        comparison: Comparison | None,
+        tell: Callable[[PlanStep], None],
+    ) -> tuple[Version, Manifest, float]:
+        """Encodes, stores, writes the row; the seconds that storing took. `tell` hears of each part. Blocks."""
         base = self._latest
         hit("publish.before_objects")
         infos: list[UpdateInfo] = []
         refs: list[ObjectRef] = []
         store_s = 0.0
+        same = False
         for part in self._encode(base, number, weights, comparison):
             infos.append(parse_part(part).info)
             began = time.perf_counter()
             refs.append(self._store.put(part))
             store_s += time.perf_counter() - began
+            same = base is not None and base.version.root == infos[0].target_root
+            if not same:
+                tell(_step(infos[0], number, refs))
         info = merge_infos(infos)
         hit("publish.after_objects")
-        same = base is not None and base.version.root == info.target_root
-        update = PlanStep(
-            kind=UpdateKind.KEYFRAME if base is None else UpdateKind.DELTA,
-            base_root=info.base_root or "",
-            target_root=info.target_root,
-            target_version=number,
-            objects=tuple(refs),
-        )
+        update = _step(info, number, refs)
         manifest = self._manifest(number, info.target_root, info.base_root or "", weights, info.changed, info.bytes)
         row = Version(manifest=self._signed(manifest), update=None if same else update)
         began = time.perf_counter()
@@ -240,6 +267,16 @@ class Publisher:
         data = encode_manifest(manifest)
         signature = b"" if self._signer is None else self._signer.sign(data)
         return SignedManifest(manifest=data, signature=signature, decoded=manifest)
+
+
+def _step(info: UpdateInfo, number: int, refs: list[ObjectRef]) -> PlanStep:
+    return PlanStep(
+        kind=UpdateKind[info.kind.name],
+        base_root=info.base_root or "",
+        target_root=info.target_root,
+        target_version=number,
+        objects=tuple(refs),
+    )
 
 
 def _give_way() -> None:

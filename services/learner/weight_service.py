@@ -11,16 +11,15 @@ import grpc
 from heterorl.v1 import weights_pb2, weights_pb2_grpc
 from services.learner.object_store import ObjectStore, OpenObject
 from services.learner.plans import Planner
-from services.learner.publisher import Publisher
+from services.learner.publisher import News, Publisher
 from services.learner.run_control import unless_set
 from services.learner.traffic import Traffic
-from services.learner.versions import Version
 from services.runtime.errors import MismatchError, UnavailableError
 from services.runtime.failpoints import hit
 from services.wire.convert import to_announcement, to_plan
 from services.wire.interceptors import peer_identity
 from services.wire.objects import read_chunk
-from services.wire.types import Announcement
+from services.wire.types import Announcement, Coming
 
 STALL_S = 60.0
 """A receiver that takes nothing for this long is cut: it fetches again from where it was."""
@@ -55,16 +54,21 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
     async def WatchPolicy(
         self, request: weights_pb2.WatchPolicyRequest, context: _Watch
     ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
-        """*Waits for* versions; *produces* the newest at once and after each publish, never a queue of them; ends when
-        the learner drains. What an announcement names may be fetched without a plan, so it counts as one."""
+        """*Waits for* news; *produces* the newest version at once and after each publish, never a queue of them, and
+        what there is of the next one's update while it is made; ends when the learner drains. What is named here may be
+        fetched without a plan, so it counts as one."""
         self._check_run(request.run_id)
         name = peer_identity(context).id
-        seen: Version | None = None
-        while (seen := await unless_set(self._drain, self._publisher.wait_for_change(seen))) is not None:
-            if seen.update is not None:
-                ids = [ref.object_id for ref in seen.update.objects]
-                self._traffic.planned(name, seen.root, ids, seen.manifest.decoded.full_bytes)
-            yield to_announcement(Announcement(manifest=seen.manifest, update=seen.update))
+        told: News | None = None
+        while (news := await unless_set(self._drain, self._publisher.wait_for_news(told))) is not None:
+            announcement = _since(told, news)
+            full_bytes = news.version.manifest.decoded.full_bytes
+            for update in (announcement.update, announcement.coming):
+                if update is not None:
+                    ids = [ref.object_id for ref in update.objects]
+                    self._traffic.planned(name, update.target_root, ids, full_bytes)
+            yield to_announcement(announcement)
+            told = news
 
     async def GetPlan(self, request: weights_pb2.GetPlanRequest, context: _Plan) -> weights_pb2.GetPlanResponse:
         self._check_run(request.run_id)
@@ -113,3 +117,23 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
     def _check_run(self, run_id: str) -> None:
         if run_id and run_id != self._run_id:
             raise MismatchError(f"this learner serves run {self._run_id!r}, not {run_id!r}: check the address")
+
+
+def _since(told: News | None, news: News) -> Announcement:
+    """What is new for someone who was told that."""
+    coming: Coming | None = None
+    if news.coming is not None:
+        known = None if told is None else told.coming
+        same = known is not None and known.target_root == news.coming.target_root
+        first = len(known.objects) if known is not None and same else 0
+        coming = Coming(
+            base_root=news.coming.base_root,
+            target_root=news.coming.target_root,
+            target_version=news.coming.target_version,
+            first=first,
+            objects=news.coming.objects[first:],
+        )
+    known_version = told is not None and told.version is news.version
+    return Announcement(
+        manifest=news.version.manifest, update=None if known_version else news.version.update, coming=coming
+    )

@@ -1,7 +1,8 @@
 """From a plan's files to verified weights, in as little memory and time as may be.
 
 One step: its parts are decoded as they come (EarlyDecoder), where there is memory of an old version to decode into.
-Otherwise, and wherever that gives nothing: apply_update on all files of a step, one step after another.
+An update may be decoded while the learner still makes it. Otherwise, and wherever that gives nothing: apply_update on
+all files of a step, one step after another.
 
 Between two versions that memory is made a copy of the newer one (`recycle`): when the next delta comes, only what it
 changes is written.
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from services.runtime.errors import HeteroRLError
+from services.sampler.arrivals import Arrivals
 from services.sampler.plan_fetch import PlanFetch
 from services.wire.delta import BitTensor, apply_update, validate_names_shapes
 from services.wire.delta.early import EarlyDecoder, copy_into
@@ -60,21 +62,39 @@ class Decoding:
         await asyncio.to_thread(validate_names_shapes, base, base if held is None else held, self._workers)
         return base
 
+    async def while_it_is_made(self, arrivals: Arrivals, fetch: PlanFetch, held: Held) -> Held | None:
+        """The weights of an update that the learner is still making: proved and looked at once its plan is there; None
+        where it was given up, or has to be carried out as any other. Raises what fetching raises."""
+        spare, self._spare = self._spare, None
+        level, self._copy_of = self._copy_of is held, None
+        early = None if spare is None else self._early(held, spare, arrivals.base_root, arrivals.target_root, level)
+        weights: Held | None = None
+        paths: list[Path] = []
+        try:
+            while (ref := await arrivals.object(len(paths))) is not None:
+                paths.append(await fetch.file(ref))
+                if early is not None:
+                    await asyncio.to_thread(early.add, paths[-1])
+            if early is not None and arrivals.plan is not None:
+                weights = await asyncio.to_thread(early.finish, paths)
+        finally:
+            if weights is None:
+                self._spare = spare
+        return weights
+
     async def _as_it_comes(self, step: PlanStep, fetch: PlanFetch, held: Held, spare: Held, level: bool) -> Held | None:
         """Proved and looked at, or None: `spare` is memory still."""
-        early = EarlyDecoder(
-            held,
-            spare,
-            base_root=step.base_root,
-            target_root=step.target_root,
-            workers=self._workers,
-            level=level,
-        )
+        early = self._early(held, spare, step.base_root, step.target_root, level)
         paths: list[Path] = []
         for ref in step.objects:
             paths.append(await fetch.file(ref))
             await asyncio.to_thread(early.add, paths[-1])
         return await asyncio.to_thread(early.finish, paths)
+
+    def _early(self, held: Held, spare: Held, base_root: str, target_root: str, level: bool) -> EarlyDecoder:
+        return EarlyDecoder(
+            held, spare, base_root=base_root, target_root=target_root, workers=self._workers, level=level
+        )
 
     def _apply(self, step: PlanStep, paths: list[Path], base: Held | None, spare: Held | None) -> Held:
         """One update, out of place: with `spare` no more memory than for one part. apply_update proves the root of

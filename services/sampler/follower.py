@@ -3,6 +3,7 @@
     WatchPolicy ─► newest target ─► way to it ─► FetchObject ─► apply ─► root, signature, finite ─► engine.load
                    (older ones are skipped)         └ cut: resume      └ wrong: discard, keyframe, count
     way: the announced update, tried once, where it starts from what is held; else GetPlan(have root)
+    an update that starts from what is held is fetched and decoded from its first object on, while it is made (Arrivals)
 
 Guarantee: the engine never holds weights whose root is not that of a manifest with a good signature.
 """
@@ -29,12 +30,13 @@ from services.runtime.errors import (
     UnavailableError,
 )
 from services.runtime.log import get_logger
+from services.sampler.arrivals import Arrivals
 from services.sampler.backoff import Backoff
 from services.sampler.decoding import Decoding
 from services.sampler.delays import NO_DELAYS, Delays
 from services.sampler.engine import Engine
 from services.sampler.object_cache import ObjectCache
-from services.sampler.plan_fetch import fetching
+from services.sampler.plan_fetch import fetching, fetching_as_named
 from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSource, WeightSources
 from services.wire.convert import from_announcement, from_plan
@@ -89,6 +91,8 @@ class Follower:
         """What the plan under way leads to; the target may be newer by now."""
         self._offered: Announcement | None = None
         """The newest announcement, until its update was tried once: after a failure GetPlan finds the way."""
+        self._arrivals: Arrivals | None = None
+        """The update that the learner is making."""
         self._announced = asyncio.Event()
         self._keyframe_only = False
         self._refused: set[str] = set()
@@ -123,6 +127,7 @@ class Follower:
                 _log.error("announcement_refused", error=error)
             finally:
                 call.cancel()
+                self._give_up_arrivals()
             await asyncio.sleep(backoff.next_s())
 
     async def first(self) -> HeldPolicy:
@@ -157,9 +162,22 @@ class Follower:
             await self._loaded.wait_for(lambda: self.version >= version)
 
     def _announce(self, announcement: Announcement) -> None:
-        self._target = self._check_signed(announcement.manifest)
-        self._offered = announcement
+        target, coming = self._check_signed(announcement.manifest), announcement.coming
+        if announcement.update is not None or target != self._target:
+            self._offered = announcement
+        self._target = target
+        if self._arrivals is not None:
+            self._arrivals.hear(announcement)
+            if self._arrivals.over:
+                self._arrivals = None
+        if self._arrivals is None and coming is not None and coming.first == 0:
+            self._arrivals = Arrivals(coming, target.full_bytes)
         self._announced.set()
+
+    def _give_up_arrivals(self) -> None:
+        if self._arrivals is not None:
+            self._arrivals.give_up()
+            self._arrivals = None
 
     async def _next_target(self) -> None:
         await self._announced.wait()
@@ -228,21 +246,69 @@ class Follower:
     async def _catch_up(self, source: WeightSource, announced: Plan | None) -> HeldPolicy:
         """With what was announced, or a plan of `source`. Raises AioRpcError, BadInputError and its subclasses,
         UnavailableError for a plan to an older version than the announced one, and what ObjectCache.fetch raises."""
-        held, target = self._held, self._target
+        held, target, arrivals = self._held, self._target, self._arrivals
         assert target is not None, "something was announced"
         if held is not None and held.root == target.root:  # a step that changed no bit still makes a version
+            if arrivals is not None and arrivals.base_root == held.root and not self._keyframe_only:
+                return await self._arrive(source, arrivals, held)
             return HeldPolicy(weights=held.weights, version=target.version, root=held.root)
         started = time.monotonic()
         plan = announced or await self._plan(source, held, target)
+        manifest = self._check_plan(plan, target, held)
+        planned = time.monotonic()
+        async with fetching(self._cache, plan, self._tally, len(source.readers)) as fetch:
+            weights = await self._decoding.carry_out(plan, fetch, None if held is None else held.weights)
+        plan_from = source.name if announced is None else "announcement"
+        return self._fetched(source, plan, manifest, weights, plan_from, started, planned, fetch.last_came_s)
+
+    async def _arrive(self, source: WeightSource, arrivals: Arrivals, held: HeldPolicy) -> HeldPolicy:
+        """With an update from its first object on; what is held, where it is given up, or bad: when its version is
+        announced, that is followed as any other. Raises UnavailableError, ExhaustedError, StorageError."""
+        started = time.monotonic()
+        try:
+            async with fetching_as_named(
+                self._cache, arrivals.target_version, self._tally, len(source.readers)
+            ) as fetch:
+                arrivals.tell(fetch.add)
+                weights = await self._decoding.while_it_is_made(arrivals, fetch, held.weights)
+                if arrivals.plan is None:
+                    _log.info("coming_update_dropped", version=arrivals.target_version)
+                    return held
+                manifest = self._check_plan(arrivals.plan, arrivals.plan.target.decoded, held)
+                if weights is None:
+                    weights = await self._decoding.carry_out(arrivals.plan, fetch, held.weights)
+        except (BadInputError, ObjectGoneError) as error:
+            _log.warning("coming_update_dropped", version=arrivals.target_version, error=error)
+            if arrivals.plan is not None:
+                self._offered = None  # it has been tried: a plan is asked for
+            self._announced.set()
+            return held
+        finally:
+            if self._arrivals is arrivals:
+                self._give_up_arrivals()
+        return self._fetched(source, arrivals.plan, manifest, weights, "coming", started, started, fetch.last_came_s)
+
+    def _check_plan(self, plan: Plan, target: Manifest, held: HeldPolicy | None) -> Manifest:
+        """The manifest of a plan that may be carried out."""
         manifest = self._trying = self._check_signed(plan.target)
         if (manifest.learner_epoch, manifest.version) < (target.learner_epoch, target.version):
             raise UnavailableError(f"a plan leads to version {manifest.version}, and {target.version} is announced")
         if manifest.root in self._refused:
             raise InvalidWeightsError(f"version {manifest.version} has been refused before")
         _check_chain(plan, manifest, held)
-        planned = time.monotonic()
-        async with fetching(self._cache, plan, self._tally, len(source.readers)) as fetch:
-            weights = await self._decoding.carry_out(plan, fetch, None if held is None else held.weights)
+        return manifest
+
+    def _fetched(
+        self,
+        source: WeightSource,
+        plan: Plan,
+        manifest: Manifest,
+        weights: Mapping[str, BitTensor],
+        plan_from: str,
+        started: float,
+        planned: float,
+        last_came: float,
+    ) -> HeldPolicy:
         failpoints.hit("follow.after_apply")
         self._keyframe_only = False
         self._sources.worked(source)
@@ -251,15 +317,15 @@ class Follower:
             "version_fetched",
             version=manifest.version,
             root=manifest.root,
-            base_version=None if held is None else held.version,
-            plan_from=source.name if announced is None else "announcement",
+            base_version=None if self._held is None else self._held.version,
+            plan_from=plan_from,
             fetched_from=source.name,
             steps="+".join(step.kind.name.lower() for step in plan.steps),
             bytes=plan.total_bytes,
             seconds=round(time.monotonic() - started, 3),
             plan_s=round(planned - started, 3),
-            fetch_s=round(fetch.last_came_s - planned, 3),
-            apply_s=round(time.monotonic() - fetch.last_came_s, 3),
+            fetch_s=round(last_came - planned, 3),
+            apply_s=round(time.monotonic() - last_came, 3),
         )
         return HeldPolicy(weights=weights, version=manifest.version, root=manifest.root)
 

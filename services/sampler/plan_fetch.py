@@ -2,12 +2,14 @@
 
     refs ─► [the next one when little is left of those before] ─► ObjectCache ─► files of step 0 ─► files of step 1 …
 
-A step's files are there before all of the plan is: it is applied while the next ones come.
+A step's files are there before all of the plan is: it is applied while the next ones come. Nor need all be named at the
+beginning: of an update that is still being made each object is added when it is there.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -29,19 +31,32 @@ _SPEED_WINDOW_S = 0.5
 
 
 class PlanFetch:
-    """Made by `fetching`."""
+    """Made by `fetching` and `fetching_as_named`. `cut_few`: fewer objects than channels come by all of them each."""
 
-    def __init__(self, cache: ObjectCache, plan: Plan, tally: Tally, channels: int) -> None:
+    def __init__(self, cache: ObjectCache, progress: "_Progress", channels: int, *, cut_few: bool) -> None:
         self._cache = cache
+        self._progress = progress
         self._channels = channels
-        self._refs = {ref.object_id: ref for step in plan.steps for ref in step.objects}
-        self._progress = _Progress(tally, plan)
-        self._room = asyncio.Event()
+        self._cut_few = cut_few
+        self._refs: dict[str, ObjectRef] = {}
+        self._waiting: deque[ObjectRef] = deque()
+        self._begun = 0
+        self._changed = asyncio.Event()
         self._under_way: dict[str, asyncio.Task[Path]] = {}
-        self._files: dict[str, asyncio.Future[Path]] = {name: asyncio.Future() for name in self._refs}
+        self._files: dict[str, asyncio.Future[Path]] = {}
         self._beginning = asyncio.create_task(self._begin_each())
         self.last_came_s = time.monotonic()
         """When the newest object was there."""
+
+    def add(self, refs: Iterable[ObjectRef]) -> None:
+        """To be fetched after those before. One that is named again is not."""
+        for ref in refs:
+            if ref.object_id not in self._refs:
+                self._refs[ref.object_id] = ref
+                self._files[ref.object_id] = asyncio.Future()
+                self._waiting.append(ref)
+                self._progress.add(ref)
+        self._changed.set()
 
     async def file(self, ref: ObjectRef) -> Path:
         """One object. Raises what ObjectCache.fetch raises."""
@@ -64,12 +79,14 @@ class PlanFetch:
                 file.exception()  # nobody may have waited for it
 
     async def _begin_each(self) -> None:
-        for number, ref in enumerate(self._refs.values()):
-            while not self._has_room():
-                self._room.clear()
-                await self._room.wait()
+        while True:
+            while not (self._waiting and self._has_room()):
+                self._changed.clear()
+                await self._changed.wait()
+            ref = self._waiting.popleft()
             # Many objects go whole, each by one channel; few are cut into a range for each channel.
-            lane = number if len(self._refs) >= self._channels else None
+            lane = None if self._cut_few and len(self._refs) < self._channels else self._begun
+            self._begun += 1
             task = asyncio.create_task(
                 self._cache.fetch(ref, partial(self._received, ref), lane=lane, self_checked=True)
             )
@@ -83,7 +100,7 @@ class PlanFetch:
 
     def _ended(self, ref: ObjectRef, task: asyncio.Task[Path]) -> None:
         del self._under_way[ref.object_id]
-        self._room.set()
+        self._changed.set()
         file = self._files[ref.object_id]
         if file.done() or task.cancelled():
             return
@@ -97,14 +114,28 @@ class PlanFetch:
 
     def _received(self, ref: ObjectRef, size_bytes: int) -> None:
         self._progress.received(ref, size_bytes)
-        self._room.set()
+        self._changed.set()
 
 
 @asynccontextmanager
 async def fetching(cache: ObjectCache, plan: Plan, tally: Tally, channels: int) -> AsyncGenerator[PlanFetch]:
     """Fetches while the block runs; `tally` hears of bytes and speed, and of the time until the last object came."""
-    cache.evict([ref.object_id for step in plan.steps for ref in step.objects])
-    fetch = PlanFetch(cache, plan, tally, channels)
+    refs = [ref for step in plan.steps for ref in step.objects]
+    cache.evict([ref.object_id for ref in refs])
+    progress = _Progress(tally, plan.target.decoded.version)
+    fetch = PlanFetch(cache, progress, channels, cut_few=True)
+    fetch.add(refs)
+    try:
+        yield fetch
+    finally:
+        await fetch.end()
+
+
+@asynccontextmanager
+async def fetching_as_named(cache: ObjectCache, version: int, tally: Tally, channels: int) -> AsyncGenerator[PlanFetch]:
+    """As `fetching`, of objects that are added in the block."""
+    cache.evict(())
+    fetch = PlanFetch(cache, _Progress(tally, version), channels, cut_few=False)
     try:
         yield fetch
     finally:
@@ -114,10 +145,10 @@ async def fetching(cache: ObjectCache, plan: Plan, tally: Tally, channels: int) 
 class _Progress:
     """Bytes of a plan as they come, with a smoothed speed."""
 
-    def __init__(self, tally: Tally, plan: Plan) -> None:
+    def __init__(self, tally: Tally, version: int) -> None:
         self._tally = tally
-        self._version = plan.target.decoded.version
-        self._total = plan.total_bytes
+        self._version = version
+        self._total = 0
         self._done = 0
         self._of: dict[str, int] = {}
         self._counted_s = time.monotonic()
@@ -133,6 +164,11 @@ class _Progress:
         """Bytes a second since the first of them; 0 while that says nothing."""
         passed_s = time.monotonic() - self._first_came_s
         return self._came / passed_s if self._came and passed_s > _LEAST_S else 0.0
+
+    def add(self, ref: ObjectRef) -> None:
+        """One more object to come."""
+        self._total += ref.size_bytes
+        self._show()
 
     def received(self, ref: ObjectRef, size: int) -> None:
         """Chunks come in bursts: speed is that of half a second, smoothed."""

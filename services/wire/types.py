@@ -218,11 +218,24 @@ class PlanStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Coming:
+    """Objects, from number `first` on, of an update that is being made: the next version's, not signed yet."""
+
+    base_root: str
+    target_root: str
+    target_version: int
+    first: int
+    objects: tuple[ObjectRef, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """A version; `update` is the one that was made for it, or None where a plan has to be asked for."""
+    """A version; `update` is the one that was made for it, or None where a plan has to be asked for. `coming`: what is
+    new of the one that is being made for the next."""
 
     manifest: SignedManifest
     update: PlanStep | None
+    coming: Coming | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

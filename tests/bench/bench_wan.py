@@ -193,7 +193,7 @@ def measure_checkpoint(folder: Path, a: str, b: str, checkpoint: Path, traces: P
 
 
 def measure_delta(folder: Path, a: str, b: str, traces: Path, turns: int) -> list[dict[str, object]]:
-    """Back and forth between the two versions: each turn is a delta of the same size. Seconds of each phase."""
+    """Back and forth between the two versions: each turn is a delta of the same size. Seconds since its beginning."""
     rows: list[dict[str, object]] = []
     with process(a, *here("--traces", str(traces), "--serve", str(folder), str(WARM_AGAINST))) as server:
         facts = said(server)
@@ -212,14 +212,15 @@ def measure_delta(folder: Path, a: str, b: str, traces: Path, turns: int) -> lis
 def phases_of(out: dict[str, object], came: dict[str, object]) -> dict[str, object]:
     """From what the learner says of a version that went out, and the sampler of one that came; clocks are the same."""
     began, done, reached = (float(str(value)) for value in (out["began"], out["done"], came["reached"]))
-    store, following = float(str(out["store_s"])), float(str(came["seconds"]))
+    following = float(str(came["seconds"]))
     return {
         "bytes": out["bytes"],
         "delta_s": round(reached - began, 3),
-        "encode_s": round(done - began - store, 3),
-        "store_s": store,
-        "announce_s": round(reached - following - done, 3),
-        **{key: came[key] for key in ("plan_s", "fetch_s", "apply_s", "plan_from")},
+        "publish_s": round(done - began, 3),
+        "store_s": out["store_s"],
+        "first_named_s": round(reached - following - began, 3),
+        "last_came_s": round(reached - float(str(came["apply_s"])) - began, 3),
+        "plan_from": came["plan_from"],
     }
 
 

@@ -32,6 +32,8 @@ from tests.support.weight_site import RUN_ID, dial, learner_site
 from tests.unit.learner.weights_of_tests import make_weights
 
 HOST = ADDRESSES[0]
+RECYCLING_S = 1.0
+"""Between two versions a sampler has time to copy what it holds."""
 THREADS = 2
 """That encode and decode: `publish.workers` and `decode_threads` as shipped."""
 
@@ -208,6 +210,7 @@ async def follow(folder: Path, facts: dict[str, object], traces: Path) -> None:
         while line := await asyncio.to_thread(sys.stdin.readline):
             await follower.reached(int(line))
             row = {**events.newest["version_fetched"], "reached": time.monotonic(), "root": follower.root}
+            await asyncio.sleep(RECYCLING_S)
             print(json.dumps(row), flush=True)
         for task in running:
             task.cancel()

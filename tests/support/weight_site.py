@@ -100,13 +100,14 @@ class RecordingPlanner(Planner):
 
 
 class OldWeightService(WeightService):
-    """Of a release that announces versions without their updates."""
+    """Of a release that announces versions without their updates, and only when they are made."""
 
     async def WatchPolicy(
         self, request: weights_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
         async for message in super().WatchPolicy(request, context):
             message.ClearField("update")
+            message.ClearField("coming")
             yield message
 
 

@@ -25,33 +25,35 @@ _sym_db = _symbol_database.Default()
 from heterorl.v1 import types_pb2 as heterorl_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19heterorl/v1/weights.proto\x12\x0bheterorl.v1\x1a\x17heterorl/v1/types.proto\"\xeb\x01\n\x08Manifest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rlearner_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0c\n\x04root\x18\x04 \x01(\t\x12\x13\n\x0bparent_root\x18\x05 \x01(\t\x12\x12\n\nfull_bytes\x18\x06 \x01(\x04\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x0f\n\x07\x63hanged\x18\x08 \x01(\x04\x12\x1a\n\x12model_files_sha256\x18\t \x01(\t\x12\x19\n\x11published_unix_ms\x18\n \x01(\x04\x12\x14\n\x0cupdate_bytes\x18\x0b \x01(\x04\"5\n\x0eSignedManifest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"$\n\x12WatchPolicyRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"k\n\x13WatchPolicyResponse\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.heterorl.v1.SignedManifest\x12%\n\x06update\x18\x02 \x01(\x0b\x32\x15.heterorl.v1.PlanStep\"v\n\x0eGetPlanRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\thave_root\x18\x02 \x01(\t\x12\x14\n\x0chave_version\x18\x03 \x01(\x04\x12\x14\n\x0cwant_version\x18\x04 \x01(\x04\x12\x15\n\rkeyframe_only\x18\x05 \x01(\x08\"y\n\x0fGetPlanResponse\x12+\n\x06target\x18\x01 \x01(\x0b\x32\x1b.heterorl.v1.SignedManifest\x12$\n\x05steps\x18\x02 \x03(\x0b\x32\x15.heterorl.v1.PlanStep\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\x9a\x01\n\x08PlanStep\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.heterorl.v1.UpdateKind\x12\x11\n\tbase_root\x18\x02 \x01(\t\x12\x13\n\x0btarget_root\x18\x03 \x01(\t\x12\x16\n\x0etarget_version\x18\x04 \x01(\x04\x12\'\n\x07objects\x18\x05 \x03(\x0b\x32\x16.heterorl.v1.ObjectRef\"G\n\x12\x46\x65tchObjectRequest\x12\x11\n\tobject_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"C\n\x13\x46\x65tchObjectResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07*Z\n\nUpdateKind\x12\x1b\n\x17UPDATE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_KIND_KEYFRAME\x10\x01\x12\x15\n\x11UPDATE_KIND_DELTA\x10\x02\x32\xfd\x01\n\rWeightService\x12R\n\x0bWatchPolicy\x12\x1f.heterorl.v1.WatchPolicyRequest\x1a .heterorl.v1.WatchPolicyResponse0\x01\x12\x44\n\x07GetPlan\x12\x1b.heterorl.v1.GetPlanRequest\x1a\x1c.heterorl.v1.GetPlanResponse\x12R\n\x0b\x46\x65tchObject\x12\x1f.heterorl.v1.FetchObjectRequest\x1a .heterorl.v1.FetchObjectResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19heterorl/v1/weights.proto\x12\x0bheterorl.v1\x1a\x17heterorl/v1/types.proto\"\xeb\x01\n\x08Manifest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rlearner_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0c\n\x04root\x18\x04 \x01(\t\x12\x13\n\x0bparent_root\x18\x05 \x01(\t\x12\x12\n\nfull_bytes\x18\x06 \x01(\x04\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x0f\n\x07\x63hanged\x18\x08 \x01(\x04\x12\x1a\n\x12model_files_sha256\x18\t \x01(\t\x12\x19\n\x11published_unix_ms\x18\n \x01(\x04\x12\x14\n\x0cupdate_bytes\x18\x0b \x01(\x04\"5\n\x0eSignedManifest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"$\n\x12WatchPolicyRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x96\x01\n\x13WatchPolicyResponse\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.heterorl.v1.SignedManifest\x12%\n\x06update\x18\x02 \x01(\x0b\x32\x15.heterorl.v1.PlanStep\x12)\n\x06\x63oming\x18\x03 \x01(\x0b\x32\x19.heterorl.v1.ComingUpdate\"\x86\x01\n\x0c\x43omingUpdate\x12\x11\n\tbase_root\x18\x01 \x01(\t\x12\x13\n\x0btarget_root\x18\x02 \x01(\t\x12\x16\n\x0etarget_version\x18\x03 \x01(\x04\x12\r\n\x05\x66irst\x18\x04 \x01(\r\x12\'\n\x07objects\x18\x05 \x03(\x0b\x32\x16.heterorl.v1.ObjectRef\"v\n\x0eGetPlanRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\thave_root\x18\x02 \x01(\t\x12\x14\n\x0chave_version\x18\x03 \x01(\x04\x12\x14\n\x0cwant_version\x18\x04 \x01(\x04\x12\x15\n\rkeyframe_only\x18\x05 \x01(\x08\"y\n\x0fGetPlanResponse\x12+\n\x06target\x18\x01 \x01(\x0b\x32\x1b.heterorl.v1.SignedManifest\x12$\n\x05steps\x18\x02 \x03(\x0b\x32\x15.heterorl.v1.PlanStep\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\x9a\x01\n\x08PlanStep\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.heterorl.v1.UpdateKind\x12\x11\n\tbase_root\x18\x02 \x01(\t\x12\x13\n\x0btarget_root\x18\x03 \x01(\t\x12\x16\n\x0etarget_version\x18\x04 \x01(\x04\x12\'\n\x07objects\x18\x05 \x03(\x0b\x32\x16.heterorl.v1.ObjectRef\"G\n\x12\x46\x65tchObjectRequest\x12\x11\n\tobject_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"C\n\x13\x46\x65tchObjectResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07*Z\n\nUpdateKind\x12\x1b\n\x17UPDATE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_KIND_KEYFRAME\x10\x01\x12\x15\n\x11UPDATE_KIND_DELTA\x10\x02\x32\xfd\x01\n\rWeightService\x12R\n\x0bWatchPolicy\x12\x1f.heterorl.v1.WatchPolicyRequest\x1a .heterorl.v1.WatchPolicyResponse0\x01\x12\x44\n\x07GetPlan\x12\x1b.heterorl.v1.GetPlanRequest\x1a\x1c.heterorl.v1.GetPlanResponse\x12R\n\x0b\x46\x65tchObject\x12\x1f.heterorl.v1.FetchObjectRequest\x1a .heterorl.v1.FetchObjectResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'heterorl.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPDATEKIND']._serialized_start=1049
-  _globals['_UPDATEKIND']._serialized_end=1139
+  _globals['_UPDATEKIND']._serialized_start=1230
+  _globals['_UPDATEKIND']._serialized_end=1320
   _globals['_MANIFEST']._serialized_start=68
   _globals['_MANIFEST']._serialized_end=303
   _globals['_SIGNEDMANIFEST']._serialized_start=305
   _globals['_SIGNEDMANIFEST']._serialized_end=358
   _globals['_WATCHPOLICYREQUEST']._serialized_start=360
   _globals['_WATCHPOLICYREQUEST']._serialized_end=396
-  _globals['_WATCHPOLICYRESPONSE']._serialized_start=398
-  _globals['_WATCHPOLICYRESPONSE']._serialized_end=505
-  _globals['_GETPLANREQUEST']._serialized_start=507
-  _globals['_GETPLANREQUEST']._serialized_end=625
-  _globals['_GETPLANRESPONSE']._serialized_start=627
-  _globals['_GETPLANRESPONSE']._serialized_end=748
-  _globals['_PLANSTEP']._serialized_start=751
-  _globals['_PLANSTEP']._serialized_end=905
-  _globals['_FETCHOBJECTREQUEST']._serialized_start=907
-  _globals['_FETCHOBJECTREQUEST']._serialized_end=978
-  _globals['_FETCHOBJECTRESPONSE']._serialized_start=980
-  _globals['_FETCHOBJECTRESPONSE']._serialized_end=1047
-  _globals['_WEIGHTSERVICE']._serialized_start=1142
-  _globals['_WEIGHTSERVICE']._serialized_end=1395
+  _globals['_WATCHPOLICYRESPONSE']._serialized_start=399
+  _globals['_WATCHPOLICYRESPONSE']._serialized_end=549
+  _globals['_COMINGUPDATE']._serialized_start=552
+  _globals['_COMINGUPDATE']._serialized_end=686
+  _globals['_GETPLANREQUEST']._serialized_start=688
+  _globals['_GETPLANREQUEST']._serialized_end=806
+  _globals['_GETPLANRESPONSE']._serialized_start=808
+  _globals['_GETPLANRESPONSE']._serialized_end=929
+  _globals['_PLANSTEP']._serialized_start=932
+  _globals['_PLANSTEP']._serialized_end=1086
+  _globals['_FETCHOBJECTREQUEST']._serialized_start=1088
+  _globals['_FETCHOBJECTREQUEST']._serialized_end=1159
+  _globals['_FETCHOBJECTRESPONSE']._serialized_start=1161
+  _globals['_FETCHOBJECTRESPONSE']._serialized_end=1228
+  _globals['_WEIGHTSERVICE']._serialized_start=1323
+  _globals['_WEIGHTSERVICE']._serialized_end=1576
 # @@protoc_insertion_point(module_scope)

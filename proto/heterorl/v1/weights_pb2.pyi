@@ -147,12 +147,13 @@ Global___WatchPolicyRequest: typing_extensions.TypeAlias = WatchPolicyRequest
 
 @typing.final
 class WatchPolicyResponse(google.protobuf.message.Message):
-    """An announcement."""
+    """An announcement, or, in between, news of the update that is being made for the version after the newest."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MANIFEST_FIELD_NUMBER: builtins.int
     UPDATE_FIELD_NUMBER: builtins.int
+    COMING_FIELD_NUMBER: builtins.int
     @property
     def manifest(self) -> Global___SignedManifest:
         """The newest version."""
@@ -162,6 +163,13 @@ class WatchPolicyResponse(google.protobuf.message.Message):
         """The update that was made for it, so that a caller who holds its base needs no plan. Absent where the version has
         none (no bit changed, or the learner was restored), and from servers that do not know the field: ask for a plan.
         It is not signed: its objects are `Manifest.update_bytes` in all, and what they make must have `Manifest.root`.
+        Absent too where this caller has heard of the version before.
+        """
+
+    @property
+    def coming(self) -> Global___ComingUpdate:
+        """Objects of the next version's update that are there while it is still being made, to be fetched and decoded ahead.
+        Absent where none is being made: one that was is complete in `update` now, or was given up.
         """
 
     def __init__(
@@ -169,13 +177,53 @@ class WatchPolicyResponse(google.protobuf.message.Message):
         *,
         manifest: Global___SignedManifest | None = ...,
         update: Global___PlanStep | None = ...,
+        coming: Global___ComingUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["manifest", b"manifest", "update", b"update"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["coming", b"coming", "manifest", b"manifest", "update", b"update"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["manifest", b"manifest", "update", b"update"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["coming", b"coming", "manifest", b"manifest", "update", b"update"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WatchPolicyResponse: typing_extensions.TypeAlias = WatchPolicyResponse
+
+@typing.final
+class ComingUpdate(google.protobuf.message.Message):
+    """What there is so far of an update that is being made. Not signed: what it makes is used only once a manifest that has
+    its target root is announced.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BASE_ROOT_FIELD_NUMBER: builtins.int
+    TARGET_ROOT_FIELD_NUMBER: builtins.int
+    TARGET_VERSION_FIELD_NUMBER: builtins.int
+    FIRST_FIELD_NUMBER: builtins.int
+    OBJECTS_FIELD_NUMBER: builtins.int
+    base_root: builtins.str
+    """Root that the update needs."""
+    target_root: builtins.str
+    """Root that it will lead to."""
+    target_version: builtins.int
+    """Version that it will lead to."""
+    first: builtins.int
+    """Position of the first of `objects` among those of the update: what came before was named in earlier messages."""
+    @property
+    def objects(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[heterorl.v1.types_pb2.ObjectRef]:
+        """The shards from there on, in order, as far as they are made."""
+
+    def __init__(
+        self,
+        *,
+        base_root: builtins.str = ...,
+        target_root: builtins.str = ...,
+        target_version: builtins.int = ...,
+        first: builtins.int = ...,
+        objects: collections.abc.Iterable[heterorl.v1.types_pb2.ObjectRef] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["base_root", b"base_root", "first", b"first", "objects", b"objects", "target_root", b"target_root", "target_version", b"target_version"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ComingUpdate: typing_extensions.TypeAlias = ComingUpdate
 
 @typing.final
 class GetPlanRequest(google.protobuf.message.Message):

@@ -57,7 +57,8 @@ class WeightServiceServicer(object):
     """
 
     def WatchPolicy(self, request, context):
-        """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped.
+        """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
+        it tells of the next version's update while that is being made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,7 +28,9 @@ class WeightServiceStub:
     @typing.overload
     def __new__(cls, channel: grpc.aio.Channel) -> WeightServiceAsyncStub: ...
     WatchPolicy: grpc.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.WatchPolicyRequest, heterorl.v1.weights_pb2.WatchPolicyResponse]
-    """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped."""
+    """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
+    it tells of the next version's update while that is being made.
+    """
     GetPlan: grpc.UnaryUnaryMultiCallable[heterorl.v1.weights_pb2.GetPlanRequest, heterorl.v1.weights_pb2.GetPlanResponse]
     """The objects, fewest bytes, that lead from what the caller has to a version.
     Errors: NOT_FOUND (no such version; ask for 0, the latest).
@@ -44,7 +46,9 @@ class WeightServiceAsyncStub(WeightServiceStub):
 
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     WatchPolicy: grpc.aio.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.WatchPolicyRequest, heterorl.v1.weights_pb2.WatchPolicyResponse]  # type: ignore[assignment]
-    """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped."""
+    """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
+    it tells of the next version's update while that is being made.
+    """
     GetPlan: grpc.aio.UnaryUnaryMultiCallable[heterorl.v1.weights_pb2.GetPlanRequest, heterorl.v1.weights_pb2.GetPlanResponse]  # type: ignore[assignment]
     """The objects, fewest bytes, that lead from what the caller has to a version.
     Errors: NOT_FOUND (no such version; ask for 0, the latest).
@@ -63,7 +67,9 @@ class WeightServiceServicer(metaclass=abc.ABCMeta):
         request: heterorl.v1.weights_pb2.WatchPolicyRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[heterorl.v1.weights_pb2.WatchPolicyResponse], collections.abc.AsyncIterator[heterorl.v1.weights_pb2.WatchPolicyResponse]]:
-        """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped."""
+        """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
+        it tells of the next version's update while that is being made.
+        """
 
     @abc.abstractmethod
     def GetPlan(

@@ -52,14 +52,17 @@ def from_signed(message: weights_pb2.SignedManifest) -> t.SignedManifest:
 
 
 def to_announcement(announcement: t.Announcement) -> weights_pb2.WatchPolicyResponse:
-    update = announcement.update
+    update, coming = announcement.update, announcement.coming
     return weights_pb2.WatchPolicyResponse(
-        manifest=to_signed(announcement.manifest), update=None if update is None else _to_step(update)
+        manifest=to_signed(announcement.manifest),
+        update=None if update is None else _to_step(update),
+        coming=None if coming is None else _to_coming(coming),
     )
 
 
 def from_announcement(message: weights_pb2.WatchPolicyResponse) -> t.Announcement:
-    """An update that is not what the manifest says of it is left out: the plan for that version is asked for."""
+    """An update that is not what the manifest says of it is left out: the plan for that version is asked for. So is a
+    coming one that cannot be: it will be announced when it is made."""
     manifest = from_signed(message.manifest)
     try:
         update = _from_step(message.update) if message.HasField("update") else None
@@ -67,7 +70,11 @@ def from_announcement(message: weights_pb2.WatchPolicyResponse) -> t.Announcemen
         update = None
     if update is not None and not _may_be_of(update, manifest.decoded):
         update = None
-    return t.Announcement(manifest=manifest, update=update)
+    try:
+        coming = _from_coming(message.coming) if message.HasField("coming") else None
+    except BadInputError:
+        coming = None
+    return t.Announcement(manifest=manifest, update=update, coming=coming)
 
 
 def _may_be_of(update: t.PlanStep, manifest: t.Manifest) -> bool:
@@ -94,6 +101,26 @@ def _to_step(step: t.PlanStep) -> weights_pb2.PlanStep:
         target_root=step.target_root,
         target_version=step.target_version,
         objects=[to_object(ref) for ref in step.objects],
+    )
+
+
+def _to_coming(coming: t.Coming) -> weights_pb2.ComingUpdate:
+    return weights_pb2.ComingUpdate(
+        base_root=coming.base_root,
+        target_root=coming.target_root,
+        target_version=coming.target_version,
+        first=coming.first,
+        objects=[to_object(ref) for ref in coming.objects],
+    )
+
+
+def _from_coming(message: weights_pb2.ComingUpdate) -> t.Coming:
+    return t.Coming(
+        base_root=message.base_root,
+        target_root=message.target_root,
+        target_version=message.target_version,
+        first=message.first,
+        objects=from_objects(message.objects),
     )
 
 

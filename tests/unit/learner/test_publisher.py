@@ -81,15 +81,16 @@ async def test_watchers_get_the_newest_version_and_skip_what_came_between(tmp_pa
     shop = open_shop(tmp_path)
     weights = make_weights(1)
     await shop.publisher.publish(0, weights)
-    seen = await shop.publisher.wait_for_change(None)
-    waiting = asyncio.create_task(shop.publisher.wait_for_change(seen))
+    seen = await shop.publisher.wait_for_news(None)
+    waiting = asyncio.create_task(shop.publisher.wait_for_news(seen))
     await asyncio.sleep(0)
     assert not waiting.done()
     for version in (1, 2, 3):
         weights = nudged(weights, version)
         await shop.publisher.publish(version, weights)
     await waiting
-    assert (await shop.publisher.wait_for_change(seen)).number == 3
+    news = await shop.publisher.wait_for_news(seen)
+    assert (news.version.number, news.coming) == (3, None)
 
 
 async def test_a_restore_forgets_later_versions_and_announces_under_the_new_epoch(tmp_path: Path) -> None:
