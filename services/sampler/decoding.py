@@ -16,7 +16,7 @@ from services.runtime.errors import HeteroRLError
 from services.sampler.arrivals import Arrivals
 from services.sampler.plan_fetch import PlanFetch
 from services.wire.delta import BitTensor, apply_update, validate_names_shapes
-from services.wire.delta.early import EarlyDecoder, copy_into
+from services.wire.delta.early import EarlyDecoder, copy_into, copy_of
 from services.wire.types import Plan, PlanStep, UpdateKind
 
 Held = Mapping[str, BitTensor]
@@ -31,6 +31,11 @@ class Decoding:
         """Memory of a version that neither we nor the engine need any more: the next one is decoded into it."""
         self._copy_of: Held | None = None
         """What `_spare` is a copy of."""
+
+    async def prepare(self, held: Held) -> None:
+        """Makes memory for the first delta, which the later ones use again."""
+        self._spare = await asyncio.to_thread(copy_of, held, self._workers)
+        self._copy_of = held
 
     async def recycle(self, weights: Held, held: Held) -> None:
         """Takes memory that neither we nor the engine need any more, and makes it a copy of what is held."""

@@ -1,6 +1,6 @@
 """Follows the learner's policy: what is announced is fetched, decoded and verified while generating goes on.
 
-    WatchPolicy ─► newest target ─► way to it ─► FetchObject ─► apply ─► root, signature, finite ─► engine.load
+    PolicyWatch ─► newest target ─► way to it ─► FetchObject ─► apply ─► root, signature, finite ─► engine.load
                    (older ones are skipped)         └ cut: resume      └ wrong: discard, keyframe, count
     way: the announced update, tried once, where it starts from what is held; else GetPlan(have root)
     an update that starts from what is held is fetched and decoded from its first object on, while it is made (Arrivals)
@@ -37,17 +37,16 @@ from services.sampler.delays import NO_DELAYS, Delays
 from services.sampler.engine import Engine
 from services.sampler.object_cache import ObjectCache
 from services.sampler.plan_fetch import fetching, fetching_as_named
+from services.sampler.policy_watch import RETRIED, PolicyWatch
 from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSource, WeightSources
-from services.wire.convert import from_announcement, from_plan
+from services.wire.convert import from_plan
 from services.wire.delta import BitTensor, WrongBaseError
 from services.wire.errors import from_rpc_error
-from services.wire.signing import verify
-from services.wire.types import Announcement, Manifest, Plan, SignedManifest
+from services.wire.types import Manifest, Plan
 
 _log = get_logger("sampler.follower")
 _PLAN_TIMEOUT_S = 30.0
-_RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError, WrongBaseError, StorageError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,22 +77,16 @@ class Follower:
     ) -> None:
         self._delays = delays
         self._sources = sources
+        self._watch = PolicyWatch(sources, run_id, public_key)
         self._cache = cache
         self._tally = tally
         self._run_id = run_id
-        self._public_key = public_key
         self._news = news
         self._decoding = Decoding(decode_workers)
         self._backoff = backoff or Backoff()
         self._held: HeldPolicy | None = None
-        self._target: Manifest | None = None
         self._trying: Manifest | None = None
         """What the plan under way leads to; the target may be newer by now."""
-        self._offered: Announcement | None = None
-        """The newest announcement, until its update was tried once: after a failure GetPlan finds the way."""
-        self._arrivals: Arrivals | None = None
-        """The update that the learner is making."""
-        self._announced = asyncio.Event()
         self._keyframe_only = False
         self._refused: set[str] = set()
         self._loaded = asyncio.Condition()
@@ -110,30 +103,13 @@ class Follower:
         return self._held
 
     async def watch(self) -> None:
-        """For ever: keeps the target at the newest announcement. Raises RefusedError, ConfigError from the server."""
-        backoff = Backoff()
-        while True:
-            call = self._sources.learner.stub.WatchPolicy(weights_pb2.WatchPolicyRequest(run_id=self._run_id))
-            try:
-                while isinstance(message := await call.read(), weights_pb2.WatchPolicyResponse):
-                    self._announce(from_announcement(message))
-                    backoff.reset()
-            except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
-                if not isinstance(error, _RETRIED):
-                    raise error from None
-                _log.info("watch_lost", error=error)
-            except BadInputError as error:
-                _log.error("announcement_refused", error=error)
-            finally:
-                call.cancel()
-                self._give_up_arrivals()
-            await asyncio.sleep(backoff.next_s())
+        """As PolicyWatch.run."""
+        await self._watch.run()
 
     async def first(self) -> HeldPolicy:
         """The first verified weights, however long they take. Raises as `watch` does."""
         while self._held is None:
-            await self._next_target()
+            await self._watch.news()
             await self._try_to_catch_up()
         return self._held
 
@@ -145,8 +121,9 @@ class Follower:
 
     async def follow(self, engine: Engine) -> None:
         """For ever: loads each target that differs from what the engine has; slow samplers skip versions."""
+        await self._decoding.prepare(self.held.weights)
         while True:
-            await self._next_target()
+            await self._watch.news()
             before = self.held
             if await self._try_to_catch_up() and (self.version, self.root) != (self.held.version, self.held.root):
                 await asyncio.sleep(self._delays.next_s())
@@ -161,34 +138,13 @@ class Follower:
         async with self._loaded:
             await self._loaded.wait_for(lambda: self.version >= version)
 
-    def _announce(self, announcement: Announcement) -> None:
-        target, coming = self._check_signed(announcement.manifest), announcement.coming
-        if announcement.update is not None or target != self._target:
-            self._offered = announcement
-        self._target = target
-        if self._arrivals is not None:
-            self._arrivals.hear(announcement)
-            if self._arrivals.over:
-                self._arrivals = None
-        if self._arrivals is None and coming is not None and coming.first == 0:
-            self._arrivals = Arrivals(coming, target.full_bytes)
-        self._announced.set()
-
-    def _give_up_arrivals(self) -> None:
-        if self._arrivals is not None:
-            self._arrivals.give_up()
-            self._arrivals = None
-
-    async def _next_target(self) -> None:
-        await self._announced.wait()
-        self._announced.clear()
-
     async def _try_to_catch_up(self) -> bool:
         """One way to the target, from GetPlan to verified weights. False: it failed, and will be tried again."""
-        if self._target is not None and self._target.root in self._refused:
+        target, held_root = self._watch.target, "" if self._held is None else self._held.root
+        if target is not None and target.root in self._refused:
             return False  # the old version serves on, and only another version is worth a try
         source = self._sources.current
-        announced = self._announced_plan()
+        announced = None if self._keyframe_only else self._watch.take_offered(held_root)
         error: HeteroRLError
         local = True
         try:
@@ -202,11 +158,11 @@ class Follower:
         finally:
             self._tally.fetch = None
         if self._sources.failed(source, error):
-            self._announced.set()  # at once, from the learner: a relay's plan judges neither the version nor our copy
+            self._watch.again()  # at once, from the learner: a relay's plan judges neither the version nor our copy
         elif announced is not None and not isinstance(error, UnavailableError | ExhaustedError | StorageError):
             _log.warning("announced_update_dropped", error=error)
-            self._announced.set()  # at once, with a plan: this judges neither the version nor our copy
-        elif isinstance(error, _RETRIED):
+            self._watch.again()  # at once, with a plan: this judges neither the version nor our copy
+        elif isinstance(error, RETRIED):
             await self._prepare_retry(error)
         elif local and isinstance(error, InvalidWeightsError):
             self._refuse(error)
@@ -231,22 +187,12 @@ class Follower:
         wait_s = self._backoff.next_s()
         _log.warning("following_failed", error=error, keyframe=self._keyframe_only, retry_s=round(wait_s, 2))
         await asyncio.sleep(wait_s)
-        self._announced.set()
-
-    def _announced_plan(self) -> Plan | None:
-        """The announced update, where it starts from what is held, or from nothing where nothing is. It is tried once:
-        whatever it fails with, GetPlan finds the way from then on."""
-        offered, self._offered, held = self._offered, None, self._held
-        if offered is None or offered.update is None or self._keyframe_only:
-            return None
-        if offered.update.base_root != ("" if held is None else held.root):
-            return None
-        return Plan(target=offered.manifest, steps=(offered.update,))
+        self._watch.again()
 
     async def _catch_up(self, source: WeightSource, announced: Plan | None) -> HeldPolicy:
         """With what was announced, or a plan of `source`. Raises AioRpcError, BadInputError and its subclasses,
         UnavailableError for a plan to an older version than the announced one, and what ObjectCache.fetch raises."""
-        held, target, arrivals = self._held, self._target, self._arrivals
+        held, target, arrivals = self._held, self._watch.target, self._watch.arrivals
         assert target is not None, "something was announced"
         if held is not None and held.root == target.root:  # a step that changed no bit still makes a version
             if arrivals is not None and arrivals.base_root == held.root and not self._keyframe_only:
@@ -280,17 +226,17 @@ class Follower:
         except (BadInputError, ObjectGoneError) as error:
             _log.warning("coming_update_dropped", version=arrivals.target_version, error=error)
             if arrivals.plan is not None:
-                self._offered = None  # it has been tried: a plan is asked for
-            self._announced.set()
+                self._watch.take_offered(held.root)  # it has been tried: a plan is asked for
+            self._watch.again()
             return held
         finally:
-            if self._arrivals is arrivals:
-                self._give_up_arrivals()
+            if self._watch.arrivals is arrivals:
+                self._watch.give_up_arrivals()
         return self._fetched(source, arrivals.plan, manifest, weights, "coming", started, started, fetch.last_came_s)
 
     def _check_plan(self, plan: Plan, target: Manifest, held: HeldPolicy | None) -> Manifest:
         """The manifest of a plan that may be carried out."""
-        manifest = self._trying = self._check_signed(plan.target)
+        manifest = self._trying = self._watch.check_signed(plan.target)
         if (manifest.learner_epoch, manifest.version) < (target.learner_epoch, target.version):
             raise UnavailableError(f"a plan leads to version {manifest.version}, and {target.version} is announced")
         if manifest.root in self._refused:
@@ -340,14 +286,6 @@ class Follower:
         )
         answer = await source.stub.GetPlan(request, timeout=_PLAN_TIMEOUT_S, wait_for_ready=source.wait_for_ready)
         return from_plan(answer)
-
-    def _check_signed(self, signed: SignedManifest) -> Manifest:
-        """Raises CorruptObjectError for a signature that is not the learner's, BadInputError for another run."""
-        if self._public_key:
-            verify(self._public_key, signed.manifest, signed.signature)
-        if signed.decoded.run_id != self._run_id:
-            raise BadInputError(f"a manifest is of run {signed.decoded.run_id[:80]}, not {self._run_id}")
-        return signed.decoded
 
     async def _load(self, engine: Engine, held: HeldPolicy) -> bool:
         """False: the engine keeps the version that it has."""

@@ -7,9 +7,12 @@ which other work on the machine disturbs less. Ratios are bf16 bytes of the mode
 """
 
 import argparse
+import atexit
+import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -30,6 +33,7 @@ from services.wire.delta import (
     read_weights,
     root_of,
 )
+from services.wire.delta.early import EarlyDecoder, copy_of
 from tests.bench.weight_traces import (
     BETAS,
     GAPS,
@@ -198,6 +202,7 @@ def measure_speeds(traces: Path, repeats: int) -> dict[str, dict[str, float]]:
         "sx_encode": lambda: delta(base, new, "sx", base_root=root),
         "sx_decode_verify": lambda: apply_update(sx, base),
         "sx_decode_verify_staged": lambda: apply_update(sx, base, staging=staging),
+        "sx_decode_verify_ahead": ahead_decoder(base, new),
         "xc_encode": lambda: delta(base, new, "xc", base_root=root),
         "xc_decode_verify": lambda: apply_update(xc, base),
         "xc_decode_verify_staged": lambda: apply_update(xc, base, staging=staging),
@@ -211,6 +216,34 @@ def measure_speeds(traces: Path, repeats: int) -> dict[str, dict[str, float]]:
     speeds["zstd3_full_ratio"] = {"ratio": len(full) / len(zstandard.ZstdCompressor(level=3).compress(full))}
     print(json.dumps(speeds, indent=1), file=sys.stderr, flush=True)
     return speeds
+
+
+def ahead_decoder(base: Policy, new: Policy) -> Callable[[], None]:
+    """As a sampler decodes: into a copy of what it holds. There and back in turn, so that it is one each time."""
+    policies = (base, new)
+    roots = (root_of(base), root_of(new))
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    files: list[list[Path]] = []
+    for way, parts in enumerate(
+        (delta(base, new, "sx", base_root=roots[0]), delta(new, base, "sx", base_root=roots[1]))
+    ):
+        files.append([folder / f"{way}-{number}.safetensors" for number in range(len(parts.parts))])
+        for path, part in zip(files[way], parts.parts, strict=True):
+            path.write_bytes(part)
+    staging = copy_of(base, 1)
+    ways = itertools.cycle((0, 1))
+
+    def decode() -> None:
+        way = next(ways)
+        early = EarlyDecoder(
+            policies[way], staging, base_root=roots[way], target_root=roots[1 - way], workers=1, level=True
+        )
+        for path in files[way]:
+            early.add(path)
+        assert early.finish(files[way]) is not None
+
+    return decode
 
 
 def machine() -> dict[str, object]:

@@ -77,7 +77,7 @@ def apply_update(
         check_same_forms(whole.forms, forms_of(base), "the update's tensors")
     else:
         base = None
-    out = dict(staging) if staging is not None and can_stage(staging, base, whole.forms) else _allocate(whole.forms)
+    out = dict(staging) if staging is not None and can_stage(staging, base, whole.forms) else allocate(whole.forms)
     running = RunningDigests()
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -106,6 +106,17 @@ def can_stage(staging: Weights, base: Weights | None, forms: Sequence[TensorForm
         bits.flags.writeable and (base is None or not np.may_share_memory(bits, base[name].bits))
         for name, bits in ((form.name, staging[form.name].bits) for form in forms)
     )
+
+
+def allocate(forms: Sequence[TensorForm]) -> dict[str, BitTensor]:
+    """Tensors in one block of memory, which the system backs with huge pages: else every 4 KiB cost a page fault."""
+    sizes = [-(-form.elements * form.item_bytes // ALIGNMENT) * ALIGNMENT for form in forms]
+    arena = np.empty(sum(sizes), np.uint8)
+    tensors: dict[str, BitTensor] = {}
+    for form, start in zip(forms, accumulate(sizes, initial=0), strict=False):
+        data = arena[start : start + form.elements * form.item_bytes]
+        tensors[form.name] = BitTensor(dtype=form.dtype, shape=form.shape, bits=data.view(BITS_TYPE[form.item_bytes]))
+    return tensors
 
 
 def load_parts(sources: Sequence[Source]) -> Iterator[Part]:
@@ -172,17 +183,6 @@ def _check_cover(form: TensorForm, segments: list[Segment]) -> None:
         end += segment.count
     if end != form.elements:
         raise CorruptObjectError(f"an update covers only {end} of {form.elements} elements of {form.name}")
-
-
-def _allocate(forms: Sequence[TensorForm]) -> dict[str, BitTensor]:
-    """Tensors in one block of memory, which the system backs with huge pages: else every 4 KiB cost a page fault."""
-    sizes = [-(-form.elements * form.item_bytes // ALIGNMENT) * ALIGNMENT for form in forms]
-    arena = np.empty(sum(sizes), np.uint8)
-    tensors: dict[str, BitTensor] = {}
-    for form, start in zip(forms, accumulate(sizes, initial=0), strict=False):
-        data = arena[start : start + form.elements * form.item_bytes]
-        tensors[form.name] = BitTensor(dtype=form.dtype, shape=form.shape, bits=data.view(BITS_TYPE[form.item_bytes]))
-    return tensors
 
 
 def _decode_into(part: Part, chunk: Chunk, base: Weights | None, out: Weights, running: RunningDigests) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from services.runtime.errors import HeteroRLError
 from services.wire.delta.codec import decode_chunk, write_chunk
-from services.wire.delta.decode import can_stage, survey
+from services.wire.delta.decode import allocate, can_stage, survey
 from services.wire.delta.layout import Chunk, Segment
 from services.wire.delta.part import Part, load_part, parse_part
 from services.wire.delta.tensors import BitTensor, RunningDigests, Weights, forms_of
@@ -105,6 +105,13 @@ class EarlyDecoder:
     def _conclude(self, names: set[str]) -> None:
         """Digests of tensors that are whole."""
         self._digests |= {name: self._running.of(name, self._out[name].bits) for name in names}
+
+
+def copy_of(base: Weights, workers: int) -> dict[str, BitTensor]:
+    """In new memory. Blocks."""
+    copy = allocate(forms_of(base))
+    copy_into(copy, base, workers)
+    return copy
 
 
 def copy_into(staging: Weights, base: Weights, workers: int) -> bool:
