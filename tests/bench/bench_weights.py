@@ -225,11 +225,10 @@ def ahead_decoder(base: Policy, new: Policy) -> Callable[[], None]:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     files: list[list[Path]] = []
-    for way, parts in enumerate(
-        (delta(base, new, "sx", base_root=roots[0]), delta(new, base, "sx", base_root=roots[1]))
-    ):
-        files.append([folder / f"{way}-{number}.safetensors" for number in range(len(parts.parts))])
-        for path, part in zip(files[way], parts.parts, strict=True):
+    for way in (0, 1):
+        parts = delta(policies[way], policies[1 - way], "sx", base_root=roots[way]).parts
+        files.append([folder / f"{way}-{number}.safetensors" for number in range(len(parts))])
+        for path, part in zip(files[way], parts, strict=True):
             path.write_bytes(part)
     staging = copy_of(base, 1)
     ways = itertools.cycle((0, 1))
