@@ -1,12 +1,13 @@
 """What publishing adds to a training step: real steps of an 84M-parameter policy, with and without it, in turn.
 
-    python -m tests.bench.bench_publish [--pairs 8] [--tokens 1024] [--out tests/bench/results/publish.json]
+    python -m tests.bench.bench_publish [--pairs 8] [--tokens 1024 8192] [--out tests/bench/results/publish.json]
 
 With publishing a step is followed by the snapshot in wire format, and the version is encoded, stored and announced
 while the next step computes, as services/learner/run_loop.py does. `snapshot_share` is what the step itself waits for;
 `added_share` has the encoder's share of the processor in it too, which on a machine that trains on CPUs is not free.
 Both are medians over pairs of neighbouring steps, one with and one without, in changing order, so that a machine that
-is slower for a while spoils neither. `cpu_share` is the processor time that publishing took, per step's.
+is slower for a while spoils neither. `cpu_share` is the processor time that publishing took, per step's. `most_share`
+is a bound: publishing adds at most the snapshot and its own duration, as if training stood still meanwhile.
 """
 
 import argparse
@@ -126,6 +127,7 @@ async def measure(folder: Path, pairs: int, tokens: int) -> dict[str, object]:
         "added_s": added,
         "snapshot_share": median("snapshot") / step,
         "added_share": added / step,
+        "most_share": (median("snapshot") + median("publish")) / step,
         "cpu_share": median("cpu_with_publishing", "cpu_alone") / median("cpu_alone"),
         "pairs": [{name: round(value, 3) for name, value in row.items()} for row in rows],
     }
@@ -134,12 +136,14 @@ async def measure(folder: Path, pairs: int, tokens: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192], help="of a step")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        results = asyncio.run(measure(Path(name), arguments.pairs, arguments.tokens))
+    results: list[dict[str, object]] = []
+    for tokens in arguments.tokens:
+        with tempfile.TemporaryDirectory() as name:
+            results.append(asyncio.run(measure(Path(name), arguments.pairs, tokens)))
     arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
