@@ -120,17 +120,21 @@ class Publisher:
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
 
+        publishing = True
+
         def tell(coming: PlanStep) -> None:
             with contextlib.suppress(RuntimeError):  # the process ends, and its loop has ended
-                loop.call_soon_threadsafe(self._tell, coming)
+                loop.call_soon_threadsafe(lambda: self._tell(coming) if publishing else None)
 
         try:
             row, published, store_s = await loop.run_in_executor(
                 self._encoder, self._make, version, weights, comparison, tell
             )
-        except HeteroRLError:
+        except BaseException:
             self._tell(None)
             raise
+        finally:
+            publishing = False
         base = version if row.update is not None or self._latest is None else self._latest.base_number
         self._latest = Snapshot(version=row, weights=weights, base_number=base)
         self._tell(None)

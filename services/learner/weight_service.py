@@ -124,8 +124,8 @@ def _since(told: News | None, news: News) -> Announcement:
     coming: Coming | None = None
     if news.coming is not None:
         known = None if told is None else told.coming
-        same = known is not None and known.target_root == news.coming.target_root
-        first = len(known.objects) if known is not None and same else 0
+        ours = news.coming.target_version, news.coming.target_root
+        first = len(known.objects) if known is not None and (known.target_version, known.target_root) == ours else 0
         coming = Coming(
             base_root=news.coming.base_root,
             target_root=news.coming.target_root,

@@ -6,6 +6,7 @@ watch ─► latest (conflated: only the newest is kept) ─► wait_for_change,
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -106,7 +107,7 @@ class Upstream:
         manifest = announcement.manifest
         if self.latest is not None and self.latest.manifest == manifest.manifest:
             return  # a reconnection says again what is known
-        self.announced = announcement
+        self.announced = replace(announcement, coming=None)
         _log.info("version_announced", version=manifest.decoded.version, root=manifest.decoded.root[:12])
         self._wake()
 

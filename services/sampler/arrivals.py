@@ -27,7 +27,8 @@ class Arrivals:
         self.over = False
         """Whether no more will come."""
         self._left_bytes = most_bytes + _MORE_THAN_FULL_BYTES
-        self._refs: tuple[ObjectRef, ...] = ()
+        self.refs: tuple[ObjectRef, ...] = ()
+        """Those that were named."""
         self._named: Callable[[Iterable[ObjectRef]], None] = _nobody
         self._news = asyncio.Event()
         self._add(coming.objects)
@@ -35,17 +36,26 @@ class Arrivals:
     def tell(self, named: Callable[[Iterable[ObjectRef]], None]) -> None:
         """`named` hears of each object at once: of those so far now."""
         self._named = named
-        named(self._refs)
+        named(self.refs)
 
     def hear(self, announcement: Announcement) -> None:
         """Takes what belongs to this update; anything else ends it."""
         update, coming = announcement.update, announcement.coming
-        ours = self.base_root, self.target_root
-        known = len(self._refs)
-        if coming is not None and (coming.base_root, coming.target_root) == ours and coming.first <= known:
+        ours = self.base_root, self.target_root, self.target_version
+        known = len(self.refs)
+        if (
+            coming is not None
+            and (coming.base_root, coming.target_root, coming.target_version) == ours
+            and announcement.manifest.decoded.root == self.base_root
+            and coming.first <= known
+        ):
             self._add(coming.objects[known - coming.first :])
             return
-        if update is not None and (update.base_root, update.target_root, update.objects[:known]) == (*ours, self._refs):
+        if (
+            update is not None
+            and (update.base_root, update.target_root, update.target_version) == ours
+            and update.objects[:known] == self.refs
+        ):
             self._add(update.objects[known:])
             self.plan = None if self.over else Plan(target=announcement.manifest, steps=(update,))
         self.give_up()
@@ -57,18 +67,18 @@ class Arrivals:
 
     async def object(self, number: int) -> ObjectRef | None:
         """*Waits for* the object of that number to be named; *produces* it, or None where there is none."""
-        while number >= len(self._refs) and not self.over:
+        while number >= len(self.refs) and not self.over:
             self._news.clear()
             await self._news.wait()
         given_up = self.over and self.plan is None
-        return None if given_up or number >= len(self._refs) else self._refs[number]
+        return None if given_up or number >= len(self.refs) else self.refs[number]
 
     def _add(self, refs: tuple[ObjectRef, ...]) -> None:
         self._left_bytes -= sum(ref.size_bytes for ref in refs)
         if self._left_bytes < 0:
             self.give_up()
             return
-        self._refs += refs
+        self.refs += refs
         self._named(refs)
         self._news.set()
 

@@ -37,6 +37,11 @@ class Decoding:
         self._spare = await asyncio.to_thread(copy_of, held, self._workers)
         self._copy_of = held
 
+    async def level(self, held: Held) -> None:
+        """Makes the memory for the next delta a copy of what is held again, after one that came to nothing."""
+        if self._spare is not None and self._copy_of is not held:
+            await self.recycle(self._spare, held)
+
     async def recycle(self, weights: Held, held: Held) -> None:
         """Takes memory that neither we nor the engine need any more, and makes it a copy of what is held."""
         self._copy_of = None
@@ -44,15 +49,17 @@ class Decoding:
         if await asyncio.to_thread(copy_into, weights, held, self._workers):
             self._copy_of = held
 
-    async def carry_out(self, plan: Plan, fetch: PlanFetch, held: Held | None) -> Held:
+    async def carry_out(self, plan: Plan, fetch: PlanFetch, held: Held | None, *, early: bool = True) -> Held:
         """The weights that `plan` leads to from `held`: each step's root is proved, and the last one's values are those
-        of a policy. Raises what fetching, apply_update and validate_names_shapes raise."""
+        of a policy. Not `early`: EarlyDecoder has been tried. Raises what fetching, apply_update and
+        validate_names_shapes raise."""
         base = held
         for step in plan.steps:
             spare, self._spare = self._spare, None
             level, self._copy_of = held is not None and self._copy_of is held, None
             try:
-                if held is not None and spare is not None and len(plan.steps) == 1 and step.kind is UpdateKind.DELTA:
+                one = early and len(plan.steps) == 1 and step.kind is UpdateKind.DELTA
+                if one and held is not None and spare is not None:
                     weights = await self._as_it_comes(step, fetch, held, spare, level)
                     if weights is not None:
                         return weights
@@ -64,7 +71,11 @@ class Decoding:
             if before is not held:
                 self._spare = before  # between two steps of a plan
         assert base is not None, "a plan from nothing has a step"
-        await asyncio.to_thread(validate_names_shapes, base, base if held is None else held, self._workers)
+        try:
+            await asyncio.to_thread(validate_names_shapes, base, base if held is None else held, self._workers)
+        except HeteroRLError:
+            self._spare = None if base is held else base
+            raise
         return base
 
     async def while_it_is_made(self, arrivals: Arrivals, fetch: PlanFetch, held: Held) -> Held | None:

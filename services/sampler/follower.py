@@ -150,6 +150,8 @@ class Follower:
         try:
             self._held = await self._catch_up(source, announced)
             self._backoff.reset()
+            if self._ahead(self._held) is not None:
+                self._watch.again()
             return True
         except grpc.aio.AioRpcError as rpc_error:
             error, local = from_rpc_error(rpc_error), False
@@ -192,10 +194,11 @@ class Follower:
     async def _catch_up(self, source: WeightSource, announced: Plan | None) -> HeldPolicy:
         """With what was announced, or a plan of `source`. Raises AioRpcError, BadInputError and its subclasses,
         UnavailableError for a plan to an older version than the announced one, and what ObjectCache.fetch raises."""
-        held, target, arrivals = self._held, self._watch.target, self._watch.arrivals
+        held, target = self._held, self._watch.target
         assert target is not None, "something was announced"
         if held is not None and held.root == target.root:  # a step that changed no bit still makes a version
-            if arrivals is not None and arrivals.base_root == held.root and not self._keyframe_only:
+            arrivals = self._ahead(held)
+            if arrivals is not None and held.version == target.version:
                 return await self._arrive(source, arrivals, held)
             return HeldPolicy(weights=held.weights, version=target.version, root=held.root)
         started = time.monotonic()
@@ -207,22 +210,27 @@ class Follower:
         plan_from = source.name if announced is None else "announcement"
         return self._fetched(source, plan, manifest, weights, plan_from, started, planned, fetch.last_came_s)
 
+    def _ahead(self, held: HeldPolicy) -> Arrivals | None:
+        """The update that is being made, where it starts from what is held."""
+        arrivals = None if self._keyframe_only else self._watch.arrivals
+        return arrivals if arrivals is not None and arrivals.base_root == held.root else None
+
     async def _arrive(self, source: WeightSource, arrivals: Arrivals, held: HeldPolicy) -> HeldPolicy:
         """With an update from its first object on; what is held, where it is given up, or bad: when its version is
-        announced, that is followed as any other. Raises UnavailableError, ExhaustedError, StorageError."""
+        announced, that is followed as any other. Raises as `_catch_up`."""
         started = time.monotonic()
         try:
-            async with fetching_as_named(
-                self._cache, arrivals.target_version, self._tally, len(source.readers)
-            ) as fetch:
+            refs, channels = arrivals.refs, len(source.readers)
+            async with fetching_as_named(self._cache, refs, arrivals.target_version, self._tally, channels) as fetch:
                 arrivals.tell(fetch.add)
                 weights = await self._decoding.while_it_is_made(arrivals, fetch, held.weights)
                 if arrivals.plan is None:
-                    _log.info("coming_update_dropped", version=arrivals.target_version)
+                    _log.info("coming_update_given_up", version=arrivals.target_version)
+                    await self._decoding.level(held.weights)
                     return held
                 manifest = self._check_plan(arrivals.plan, arrivals.plan.target.decoded, held)
                 if weights is None:
-                    weights = await self._decoding.carry_out(arrivals.plan, fetch, held.weights)
+                    weights = await self._decoding.carry_out(arrivals.plan, fetch, held.weights, early=False)
         except (BadInputError, ObjectGoneError) as error:
             _log.warning("coming_update_dropped", version=arrivals.target_version, error=error)
             if arrivals.plan is not None:

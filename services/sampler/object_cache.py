@@ -30,7 +30,7 @@ class ObjectCache:
         self._directory = directory
         self._sources = sources
         self._max_bytes = max_bytes
-        self._wanted: Collection[str] = ()
+        self._wanted: set[str] = set()
         with storage_errors(f"make folder {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -84,8 +84,12 @@ class ObjectCache:
     def evict(self, keep: Collection[str]) -> None:
         """Removes the oldest files beyond max_bytes, and parts of objects that nobody wants; never those in `keep`,
         which stay wanted until the next call."""
-        self._wanted = frozenset(keep)
+        self._wanted = set(keep)
         self._remove_unwanted(self._max_bytes)
+
+    def want(self, object_id: str) -> None:
+        """One more that is not removed until the next `evict`."""
+        self._wanted.add(object_id)
 
     def _remove_unwanted(self, room: int) -> None:
         files = [file for file in self._directory.iterdir() if file.name.partition(".")[0] not in self._wanted]

@@ -31,13 +31,12 @@ _SPEED_WINDOW_S = 0.5
 
 
 class PlanFetch:
-    """Made by `fetching` and `fetching_as_named`. `cut_few`: fewer objects than channels come by all of them each."""
+    """Made by `fetching` and `fetching_as_named`."""
 
-    def __init__(self, cache: ObjectCache, progress: "_Progress", channels: int, *, cut_few: bool) -> None:
+    def __init__(self, cache: ObjectCache, progress: "_Progress", channels: int) -> None:
         self._cache = cache
         self._progress = progress
         self._channels = channels
-        self._cut_few = cut_few
         self._refs: dict[str, ObjectRef] = {}
         self._waiting: deque[ObjectRef] = deque()
         self._begun = 0
@@ -51,6 +50,7 @@ class PlanFetch:
     def add(self, refs: Iterable[ObjectRef]) -> None:
         """To be fetched after those before. One that is named again is not."""
         for ref in refs:
+            self._cache.want(ref.object_id)
             if ref.object_id not in self._refs:
                 self._refs[ref.object_id] = ref
                 self._files[ref.object_id] = asyncio.Future()
@@ -85,7 +85,7 @@ class PlanFetch:
                 await self._changed.wait()
             ref = self._waiting.popleft()
             # Many objects go whole, each by one channel; few are cut into a range for each channel.
-            lane = None if self._cut_few and len(self._refs) < self._channels else self._begun
+            lane = None if len(self._refs) < self._channels else self._begun
             self._begun += 1
             task = asyncio.create_task(
                 self._cache.fetch(ref, partial(self._received, ref), lane=lane, self_checked=True)
@@ -123,7 +123,7 @@ async def fetching(cache: ObjectCache, plan: Plan, tally: Tally, channels: int) 
     refs = [ref for step in plan.steps for ref in step.objects]
     cache.evict([ref.object_id for ref in refs])
     progress = _Progress(tally, plan.target.decoded.version)
-    fetch = PlanFetch(cache, progress, channels, cut_few=True)
+    fetch = PlanFetch(cache, progress, channels)
     fetch.add(refs)
     try:
         yield fetch
@@ -132,10 +132,13 @@ async def fetching(cache: ObjectCache, plan: Plan, tally: Tally, channels: int) 
 
 
 @asynccontextmanager
-async def fetching_as_named(cache: ObjectCache, version: int, tally: Tally, channels: int) -> AsyncGenerator[PlanFetch]:
-    """As `fetching`, of objects that are added in the block."""
-    cache.evict(())
-    fetch = PlanFetch(cache, _Progress(tally, version), channels, cut_few=False)
+async def fetching_as_named(
+    cache: ObjectCache, refs: Iterable[ObjectRef], version: int, tally: Tally, channels: int
+) -> AsyncGenerator[PlanFetch]:
+    """As `fetching`; more objects are added in the block. While it waits for them nothing is being fetched."""
+    cache.evict([ref.object_id for ref in refs])
+    fetch = PlanFetch(cache, _Progress(tally, version, growing=True), channels)
+    fetch.add(refs)
     try:
         yield fetch
     finally:
@@ -145,9 +148,10 @@ async def fetching_as_named(cache: ObjectCache, version: int, tally: Tally, chan
 class _Progress:
     """Bytes of a plan as they come, with a smoothed speed."""
 
-    def __init__(self, tally: Tally, version: int) -> None:
+    def __init__(self, tally: Tally, version: int, *, growing: bool = False) -> None:
         self._tally = tally
         self._version = version
+        self._growing = growing
         self._total = 0
         self._done = 0
         self._of: dict[str, int] = {}
@@ -166,7 +170,10 @@ class _Progress:
         return self._came / passed_s if self._came and passed_s > _LEAST_S else 0.0
 
     def add(self, ref: ObjectRef) -> None:
-        """One more object to come."""
+        """One more object to come. Time in which there was none is not counted."""
+        if self._done == self._total:
+            self._counted_s = self._window_start = time.monotonic()
+            self._window_bytes = self._came = 0
         self._total += ref.size_bytes
         self._show()
 
@@ -201,6 +208,7 @@ class _Progress:
         self._show()
 
     def _show(self) -> None:
-        self._tally.fetch = FetchProgress(
+        progress = FetchProgress(
             target_version=self._version, bytes_done=self._done, bytes_total=self._total, bytes_per_s=self._speed
         )
+        self._tally.fetch = None if self._growing and self._done == self._total else progress

@@ -105,10 +105,11 @@ class OldWeightService(WeightService):
     async def WatchPolicy(
         self, request: weights_pb2.WatchPolicyRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[weights_pb2.WatchPolicyResponse]:
+        told = b""
         async for message in super().WatchPolicy(request, context):
-            message.ClearField("update")
-            message.ClearField("coming")
-            yield message
+            if message.manifest.manifest != told:
+                told = message.manifest.manifest
+                yield weights_pb2.WatchPolicyResponse(manifest=message.manifest)
 
 
 @asynccontextmanager

@@ -115,6 +115,8 @@ def _to_coming(coming: t.Coming) -> weights_pb2.ComingUpdate:
 
 
 def _from_coming(message: weights_pb2.ComingUpdate) -> t.Coming:
+    if not all(ref.size_bytes for ref in message.objects):
+        raise BadInputError("an update has no objects without bytes")
     return t.Coming(
         base_root=message.base_root,
         target_root=message.target_root,

@@ -99,14 +99,13 @@ async def test_what_is_made_is_fetched_before_the_version_is_announced(tmp_path:
     async with learner_site(tmp_path / "learner") as site:
         await site.publisher.publish(0, weights := make_weights(1))
         async with following(tmp_path / "s", site.address, site.public_key) as sampler:
-            for version in (1, 2, 3):  # into new memory, into that of the first version, into a copy
+            for version in (1, 2, 3):
                 weights = nudged(weights, version)
                 with gated(site, 3) as gate:
                     publishing = asyncio.create_task(site.publisher.publish(version, weights))
                     await fetches.reach(sampler, gate, 3)
                     assert sampler.follower.version == version - 1
-                    assert sampler.tally.fetch is not None
-                    assert sampler.tally.fetch.target_version == version
+                    assert sampler.tally.fetch is None, "it waits for the learner"
                     gate.open()
                     await publishing
                 assert len(gate.kept) == PARTS
@@ -156,7 +155,7 @@ async def test_a_learner_that_goes_away_meanwhile_is_followed_when_it_is_back(tm
                 assert await sampler.reach(1) == root_of(second)
 
 
-async def test_late_samplers_and_those_of_a_relay_take_part(tmp_path: Path, fetches: Fetches) -> None:
+async def test_late_and_fresh_samplers_and_those_of_a_relay_take_part(tmp_path: Path, fetches: Fetches) -> None:
     async with (
         learner_site(tmp_path / "learner") as site,
         relay_site(tmp_path / "relay", site.address) as relay,
@@ -169,14 +168,31 @@ async def test_late_samplers_and_those_of_a_relay_take_part(tmp_path: Path, fetc
                 following(
                     tmp_path / "far", site.address, site.public_key, held=own(first), name="far", relay=relay.address
                 ) as far,
+                following(tmp_path / "fresh", site.address, site.public_key, name="fresh") as fresh,
             ):
-                await fetches.reach(late, gate, 3)
-                await fetches.reach(far, gate, 3)
+                for sampler in (late, far, fresh):
+                    await fetches.reach(sampler, gate, 3)
                 gate.open()
                 await publishing
-                assert await late.reach(1) == await far.reach(1) == root_of(second)
+                assert await late.reach(1) == await far.reach(1) == await fresh.reach(1) == root_of(second)
         assert site.planner.plans == []
         assert site.traffic.of("far").bytes_sent == 0
+
+
+async def test_a_version_that_changed_no_bit_does_not_wait_for_the_one_that_is_made(
+    tmp_path: Path, fetches: Fetches
+) -> None:
+    async with learner_site(tmp_path / "learner") as site:
+        await site.publisher.publish(0, first := make_weights(1))
+        async with following(tmp_path / "s", site.address, site.public_key) as sampler:
+            await site.publisher.publish(1, first)
+            with gated(site, 3) as gate:
+                publishing = asyncio.create_task(site.publisher.publish(2, second := nudged(first, 1)))
+                await sampler.reach(1)
+                await fetches.reach(sampler, gate, 3)
+                gate.open()
+                await publishing
+                assert await sampler.reach(2) == root_of(second)
 
 
 def of_absurd_size(one: weights_pb2.WatchPolicyResponse) -> None:

@@ -67,6 +67,8 @@ OTHERS = [
     Announcement(manifest=signed(1, BASE), update=None, coming=replace(coming(0, 1), target_root="e" * 64)),
     Announcement(manifest=signed(1, BASE), update=None, coming=replace(coming(0, 1), base_root="e" * 64)),
     told(3, 4),
+    Announcement(manifest=signed(1, BASE), update=None, coming=replace(coming(2, 3), target_version=3)),
+    Announcement(manifest=signed(2, "e" * 64), update=None, coming=coming(2, 3)),
     whole(REFS[1:]),
     replace(whole(), update=replace(whole().update, target_root="e" * 64)),  # type: ignore[type-var]
     replace(told(2, 2), coming=replace(coming(2, 2), objects=(ObjectRef(object_id="f" * 64, size_bytes=1 << 40),))),
