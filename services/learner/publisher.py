@@ -119,7 +119,6 @@ class Publisher:
         """
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-
         publishing = True
 
         def tell(coming: PlanStep) -> None:

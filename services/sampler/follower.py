@@ -18,6 +18,7 @@ import grpc
 
 from heterorl.v1 import weights_pb2
 from services.runtime import failpoints
+from services.runtime.backoff import Backoff
 from services.runtime.errors import (
     BadInputError,
     CorruptObjectError,
@@ -31,7 +32,6 @@ from services.runtime.errors import (
 )
 from services.runtime.log import get_logger
 from services.sampler.arrivals import Arrivals
-from services.sampler.backoff import Backoff
 from services.sampler.decoding import Decoding
 from services.sampler.delays import NO_DELAYS, Delays
 from services.sampler.engine import Engine
@@ -186,7 +186,7 @@ class Follower:
         if isinstance(error, CorruptObjectError | WrongBaseError):
             self._keyframe_only = True
             self._tally.keyframes_refetched += 1
-        wait_s = self._backoff.next_s()
+        wait_s = self._backoff.next_delay_s()
         _log.warning("following_failed", error=error, keyframe=self._keyframe_only, retry_s=round(wait_s, 2))
         await asyncio.sleep(wait_s)
         self._watch.again()

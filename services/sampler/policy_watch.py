@@ -10,6 +10,7 @@ import asyncio
 import grpc
 
 from heterorl.v1 import weights_pb2
+from services.runtime.backoff import Backoff
 from services.runtime.errors import (
     BadInputError,
     CorruptObjectError,
@@ -20,7 +21,6 @@ from services.runtime.errors import (
 )
 from services.runtime.log import get_logger
 from services.sampler.arrivals import Arrivals
-from services.sampler.backoff import Backoff
 from services.sampler.weight_sources import WeightSources
 from services.wire.convert import from_announcement
 from services.wire.delta import WrongBaseError
@@ -67,7 +67,7 @@ class PolicyWatch:
             finally:
                 call.cancel()
                 self.give_up_arrivals()
-            await asyncio.sleep(backoff.next_s())
+            await asyncio.sleep(backoff.next_delay_s())
 
     async def news(self) -> None:
         """Waits for an announcement, or `again`."""

@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+from services.runtime.backoff import Backoff
 from services.runtime.errors import EngineError
 from services.runtime.log import get_logger
-from services.sampler.backoff import Backoff
 from services.sampler.config import RewardSection
 from services.sampler.tally import Tally
 
@@ -66,7 +66,7 @@ class RewardChild:
             if early_deaths >= _MOST_EARLY_DEATHS:
                 raise EngineError(f"the reward service ends at once (exit code {code}): see its messages above")
             self._tally.reward_restarts += 1
-            wait_s = backoff.next_s()
+            wait_s = backoff.next_delay_s()
             _log.error("reward_died", exit_code=code, retry_s=round(wait_s, 2))
             await asyncio.sleep(wait_s)
             await self.start()

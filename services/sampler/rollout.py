@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from heterorl.v1 import control_pb2
 from services.runtime import failpoints
+from services.runtime.backoff import Backoff
 from services.runtime.errors import EngineError, ExhaustedError, ScoreError, UnavailableError
 from services.runtime.log import get_logger
-from services.sampler.backoff import Backoff
 from services.sampler.delays import NO_DELAYS, Delays
 from services.sampler.engine import Engine, Generated, GenerateRequest
 from services.sampler.follower import Follower
@@ -153,7 +153,7 @@ class Rollout:
                         leases = await self._lease(free)
                 except (UnavailableError, ExhaustedError) as error:
                     self._session.check_patience()
-                    wait_s = backoff.next_s()
+                    wait_s = backoff.next_delay_s()
                     _log.info("leasing_failed", error=error, retry_s=round(wait_s, 2))
                     await asyncio.sleep(wait_s)
                     continue

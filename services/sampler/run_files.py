@@ -4,10 +4,10 @@ import asyncio
 import shutil
 from pathlib import Path
 
+from services.runtime.backoff import Backoff
 from services.runtime.errors import CorruptObjectError, ExhaustedError, ObjectGoneError, UnavailableError
 from services.runtime.files import storage_errors
 from services.runtime.log import get_logger
-from services.sampler.backoff import Backoff
 from services.sampler.object_cache import ObjectCache
 from services.wire.convert import model_files_sha256
 from services.wire.types import ModelFile, RunSettings
@@ -40,6 +40,6 @@ async def _fetch(file: ModelFile, cache: ObjectCache) -> Path:
         try:
             return await cache.fetch(file.object, lambda _: None)
         except (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError) as error:
-            wait_s = backoff.next_s()
+            wait_s = backoff.next_delay_s()
             _log.warning("model_file_failed", name=file.name, error=error, retry_s=round(wait_s, 2))
             await asyncio.sleep(wait_s)

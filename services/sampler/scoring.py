@@ -10,8 +10,8 @@ from typing import cast
 from services.reward.graders import Permissions, build
 from services.reward.scorer import Score, Scorer, ScoreRequest, Status
 from services.reward.spec import GraderSpec
+from services.runtime.backoff import Backoff
 from services.runtime.errors import ConfigError, EngineError, ExhaustedError, ScoreError, UnavailableError
-from services.sampler.backoff import Backoff
 from services.sampler.config import RewardSection
 from services.wire import types as t
 
@@ -64,7 +64,7 @@ class GroupScorer:
         failure = "the grader failed"
         for attempt in range(self._attempts):
             if attempt:
-                await asyncio.sleep(backoff.next_s())
+                await asyncio.sleep(backoff.next_delay_s())
             try:
                 scores = await self._scorer.score_group(requests, self._graders)
             except (UnavailableError, ExhaustedError, EngineError) as error:

@@ -11,6 +11,7 @@ import grpc
 
 from heterorl.v1 import control_pb2
 from services.runtime.address import Address
+from services.runtime.backoff import Backoff
 from services.runtime.errors import (
     ExhaustedError,
     MismatchError,
@@ -18,7 +19,6 @@ from services.runtime.errors import (
     UnavailableError,
 )
 from services.runtime.log import get_logger
-from services.sampler.backoff import Backoff
 from services.sampler.spool import Spool
 from services.wire.convert import from_run_settings, from_session, to_engine
 from services.wire.errors import from_rpc_error
@@ -84,7 +84,7 @@ class LearnerSession:
         Raises UnavailableError after give_up_s of silence, MismatchError (protocol), SessionLostError (another run
         than before, or settings that need a new process), RefusedError (identity), FencedError.
         """
-        backoff = Backoff(self._draw)
+        backoff = Backoff(uniform=lambda _, longest: longest * self._draw())
         _log.info(f"registering with learner {self._learner}", learner=self._learner)
         while True:
             try:
@@ -94,7 +94,7 @@ class LearnerSession:
                 error = from_rpc_error(rpc_error)
                 if not isinstance(error, UnavailableError | ExhaustedError):
                     raise error from None
-            wait_s = max(backoff.next_s(), 0.1)
+            wait_s = max(backoff.next_delay_s(), 0.1)
             after = "patience has ended" if self._out_of_patience else f"next try in {wait_s:.1f} s"
             _log.warning(
                 f"learner {self._learner} does not answer, {after}",

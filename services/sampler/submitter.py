@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 import grpc
 
 from heterorl.v1 import rollouts_pb2
+from services.runtime.backoff import Backoff
 from services.runtime.errors import BadInputError, ExhaustedError, HeteroRLError, ObjectGoneError, UnavailableError
 from services.runtime.log import get_logger
-from services.sampler.backoff import Backoff
 from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.sampler.tally import Tally
@@ -88,7 +88,7 @@ class Submitter:
             except _RETRIED as found:
                 error = found
             self._session.check_patience()
-            wait_s = self._backoff.next_s()
+            wait_s = self._backoff.next_delay_s()
             _log.info("submit_stream_lost", error=error, retry_s=round(wait_s, 2), spool_groups=self._spool.groups)
             await asyncio.sleep(wait_s)
 

@@ -26,9 +26,9 @@ from services.relay import weight_service as relay_service
 from services.relay.app import run_relay
 from services.relay.config import RelayConfig
 from services.runtime.address import Address, parse_target
+from services.runtime.backoff import Backoff
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
-from services.sampler.backoff import Backoff
 from services.sampler.follower import Follower, HeldPolicy
 from services.sampler.object_cache import ObjectCache
 from services.sampler.tally import Tally
@@ -266,7 +266,7 @@ async def following(
         run_id=RUN_ID,
         public_key=public_key,
         news=asyncio.Event(),
-        backoff=Backoff(draw=lambda: 0.02),
+        backoff=Backoff(uniform=lambda _, longest: 0.02 * longest),
     )
     engine = RecordingEngine()
     try:

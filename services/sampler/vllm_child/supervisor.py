@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from services.runtime.backoff import Backoff
 from services.runtime.errors import ConfigError, EngineError, HeteroRLError
 from services.runtime.log import get_logger
-from services.sampler.backoff import Backoff
 from services.sampler.vllm_child.messages import Command, Generate, GeneratedGroup, Ready, Report, Start
 from services.sampler.vllm_child.process import ChildEndedError, VllmProcess
 from services.sampler.vllm_child.staging import Staging
@@ -221,7 +221,7 @@ class Supervisor:
                 how = str(error)
                 self._idle_deaths += 1
                 _log.error("engine_restart_failed", why=how)
-                await asyncio.sleep(backoff.next_s())
+                await asyncio.sleep(backoff.next_delay_s())
                 continue
             _log.info("engine_restarted", pid=self._process.pid, version=self._held.version, groups=len(self._jobs))
             for job in self._jobs.values():

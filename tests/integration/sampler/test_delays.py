@@ -9,7 +9,7 @@ import pytest
 
 from heterorl.v1.weights_pb2_grpc import WeightServiceStub
 from services.learner.config import LearnerConfig
-from services.sampler.backoff import Backoff
+from services.runtime.backoff import Backoff
 from services.sampler.delays import DelayKind, DelayModel, Delays
 from services.sampler.follower import Follower
 from services.sampler.object_cache import ObjectCache
@@ -38,7 +38,7 @@ async def test_a_version_is_used_so_much_later_and_those_between_are_skipped(tmp
             run_id=RUN_ID,
             public_key=signer.public_key,
             news=asyncio.Event(),
-            backoff=Backoff(draw=lambda: 0.02),
+            backoff=Backoff(uniform=lambda _, longest: 0.02 * longest),
             delays=Delays(model, 0, "eu-1", "weights"),
         )
         running = [tasks.create_task(follower.watch())]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from heterorl.v1.weights_pb2_grpc import WeightServiceStub
+from services.runtime.backoff import Backoff
 from services.runtime.errors import InvalidWeightsError
-from services.sampler.backoff import Backoff
 from services.sampler.follower import Follower
 from services.sampler.object_cache import ObjectCache
 from services.sampler.tally import Tally
@@ -69,7 +69,7 @@ async def following(served: Served, signer: ManifestSigner, directory: Path) -> 
         run_id=RUN_ID,
         public_key=signer.public_key,
         news=asyncio.Event(),
-        backoff=Backoff(draw=lambda: 0.02),
+        backoff=Backoff(uniform=lambda _, longest: 0.02 * longest),
     )
     engine = RecordingEngine()
     async with asyncio.TaskGroup() as tasks:

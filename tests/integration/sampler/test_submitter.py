@@ -9,7 +9,7 @@ import pytest
 from heterorl.v1 import control_pb2
 from heterorl.v1.control_pb2_grpc import ControlServiceStub
 from heterorl.v1.rollouts_pb2_grpc import RolloutServiceStub
-from services.sampler.backoff import Backoff
+from services.runtime.backoff import Backoff
 from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.sampler.submitter import Submitter
@@ -39,7 +39,7 @@ async def submitting_on(
         session=session,
         tally=tally,
         acknowledged=acknowledged.append,
-        backoff=Backoff(draw=lambda: 0.02),
+        backoff=Backoff(uniform=lambda _, longest: 0.02 * longest),
     )
     task = asyncio.create_task(submitter.run())
     try:

@@ -33,7 +33,7 @@ class FakeScorer:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.backoff.Backoff.next_s", lambda _: 0.0)
+    monkeypatch.setattr("services.runtime.backoff.Backoff.next_delay_s", lambda _: 0.0)
 
 
 async def test_a_failing_grader_is_tried_again_and_its_failure_is_never_a_reward() -> None:
