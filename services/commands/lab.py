@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.runtime.errors import ConfigError, UsageError
+from services.runtime.errors import ConfigError, InputMissingError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from services.lab.arena import Arena
 
-_TABLE_COLUMNS = 132
+_TABLE_COLUMNS = 140
 """Width of a table that no terminal shows."""
 
 
@@ -83,8 +85,6 @@ def _theory(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from services.lab.replay import as_table, read_buckets, replay
     from services.lab.staleness import parse_contender
     from services.learner.data_plane import JOURNAL_FILE
@@ -96,12 +96,21 @@ def _replay(arguments: argparse.Namespace) -> int:
         raise UsageError('replay holds no reference model: leave kl_target = "reference" out of --losses')
     buckets = read_buckets(arguments.run / JOURNAL_FILE, arguments.groups)
     policy = arguments.policy or arguments.run / "policy"
+    if not policy.is_dir():
+        raise InputMissingError(f"there is no folder {policy}: --policy takes a policy's, such as the run's export")
     found = list(replay(buckets, policy, losses, device=arguments.device))
     if arguments.json:
         print(json.dumps([one.as_json() for one in found], allow_nan=False))
     else:
-        Console().print(as_table(found))
+        _console().print(as_table(found))
     return 0
+
+
+def _console() -> "Console":
+    """A terminal's width is known; elsewhere nothing is cut."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _TABLE_COLUMNS)
 
 
 def _make(folder: Path) -> None:
@@ -148,10 +157,7 @@ def _staleness(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(text)
     else:
-        wide = None if sys.stdout.isatty() else _TABLE_COLUMNS
-        Console(width=wide).print(
-            as_table(lines, f"{arguments.task} task, {arguments.steps} steps: mean ±95 % interval")
-        )
+        _console().print(as_table(lines, f"{arguments.task} task, {arguments.steps} steps: mean ±95 % interval"))
     return 0
 
 

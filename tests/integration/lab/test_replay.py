@@ -160,6 +160,13 @@ def test_the_command_refuses_a_recording_that_is_missing_or_empty(
     assert "holds no trained group yet" in sentence
 
 
+def test_the_command_says_which_option_takes_the_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_journal(tmp_path, [0, 1])
+    code, sentence = refusal(capsys, tmp_path, "--policy", str(tmp_path / "policy"))
+    assert code == 66
+    assert "--policy takes a policy's" in sentence
+
+
 def test_the_command_refuses_a_recording_whose_groups_are_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
