@@ -22,7 +22,7 @@ from services.runtime.errors import HeteroRLError
 from services.runtime.failpoints import hit
 from services.runtime.log import get_logger
 from services.wire.convert import encode_manifest
-from services.wire.delta import UpdateInfo, Weights, iter_encode, root_of
+from services.wire.delta import UpdateInfo, Weights, compiled, iter_encode, root_of
 from services.wire.delta.codec import Comparison
 from services.wire.delta.part import parse_part
 from services.wire.delta.update import merge_infos
@@ -34,6 +34,9 @@ _log = get_logger("learner.publisher")
 
 _ENCODER_NICENESS = 5
 """Beside a thread of the trainer an encoder gets a quarter of a processor, and all of one that is free."""
+
+_COMPILED_FROM_BYTES = 64 << 20
+"""For smaller policies compiling takes longer than it saves in a hundred versions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +138,7 @@ class Publisher:
         finally:
             publishing = False
         base = version if row.update is not None or self._latest is None else self._latest.base_number
-        self._latest = Snapshot(version=row, weights=weights, base_number=base)
-        self._tell(None)
+        self._advance(row, weights, base)
         seconds = time.perf_counter() - started
         _log.info(
             "version_published",
@@ -167,8 +169,7 @@ class Publisher:
             raise HeteroRLError(f"the checkpoint's weights have root {actual[:12]}, not {root[:12]}: they are damaged")
         row = await asyncio.to_thread(self._adopt, version, weights, root)
         base = row.update.target_version if row.update is not None else version
-        self._latest = Snapshot(version=row, weights=weights, base_number=base)
-        self._tell(None)
+        self._advance(row, weights, base)
 
     async def wait_for_news(self, seen: News | None) -> News:
         """*Waits for* news that are not `seen`; *produces* the newest, skipping what came between; *on cancel* nothing
@@ -176,6 +177,13 @@ class Publisher:
         while self._news is None or self._news is seen:
             await self._told.wait()
         return self._news
+
+    def _advance(self, row: Version, weights: Weights, base_number: int) -> None:
+        """From now on this is the baseline."""
+        if self._latest is None and row.manifest.decoded.full_bytes >= _COMPILED_FROM_BYTES:
+            self._encoder.submit(compiled.prepare)
+        self._latest = Snapshot(version=row, weights=weights, base_number=base_number)
+        self._tell(None)
 
     def _tell(self, coming: PlanStep | None) -> None:
         if self._latest is not None:

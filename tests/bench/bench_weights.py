@@ -26,6 +26,7 @@ import zstandard
 from services.wire.delta import (
     BitTensor,
     apply_update,
+    compiled,
     digests_of,
     encode_delta,
     encode_keyframe,
@@ -195,6 +196,7 @@ def measure_speeds(traces: Path, repeats: int) -> dict[str, dict[str, float]]:
     root = root_of(base)
     sx, xc = delta(base, new, "sx", base_root=root).parts, delta(base, new, "xc", base_root=root).parts
     keyframe = encode_keyframe(base, run_id="bench", version=0)
+    assert compiled.prepare(), "these are the speeds of a learner, which has numba"
     full = b"".join(tensor.bits.tobytes() for tensor in base.values())
     staging = apply_update(sx, base)
     works: dict[str, Callable[[], object]] = {

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.runtime.errors import CorruptObjectError
+from services.wire.delta import compiled
+from services.wire.delta.compiled import Positions
 from services.wire.delta.streams import LENGTH, Bytes8, StreamReader, pack, pack_planes, read_planes
 from services.wire.delta.tensors import Bits
 
@@ -21,7 +23,6 @@ ESCAPE = 255
 SCAN_ELEMENTS = 128 << 10
 """Two blocks of bf16 and their flags stay in a core's own cache."""
 
-Positions = np.ndarray[tuple[int], np.dtype[np.int64]]
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
@@ -39,6 +40,9 @@ def scan(base: Bits, new: Bits, offset: int = 0) -> Changes:
 
     `offset` is added to the positions.
     """
+    known = compiled.find_changes(base, new, offset)
+    if known is not None:
+        return Changes(count=base.size, positions=known[0], differences=known[1])
     room = min(SCAN_ELEMENTS, base.size)
     block, flags = np.empty(room, base.dtype), np.empty(room, np.bool_)
     positions: list[Positions] = []

@@ -35,6 +35,7 @@ MAX_NAME_CHARS = 512
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 1 << 48
 HASH_BLOCK_BYTES = 8 << 20
+"""What a thread hashes at a time: a part of a large tensor, or several small ones."""
 
 Bits = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
 
@@ -169,8 +170,20 @@ def digests_of(weights: Weights, workers: int | ThreadPoolExecutor = 1) -> dict[
     if isinstance(workers, int):
         with ThreadPoolExecutor(workers) as pool:
             return digests_of(weights, pool)
-    names = sorted(weights)
-    return dict(zip(names, workers.map(digest_of, (weights[name].bits for name in names)), strict=True))
+
+    def digests(names: list[str]) -> list[bytes]:
+        return [digest_of(weights[name].bits) for name in names]
+
+    groups: list[list[str]] = []
+    room = 0
+    for name in sorted(weights):
+        if room <= 0:
+            groups.append([])
+            room = HASH_BLOCK_BYTES
+        groups[-1].append(name)
+        room -= weights[name].nbytes
+    rows = zip(groups, workers.map(digests, groups), strict=True)
+    return {name: digest for names, row in rows for name, digest in zip(names, row, strict=True)}
 
 
 def root_of_digests(forms: Iterable[TensorForm], digests: Mapping[str, bytes]) -> str:

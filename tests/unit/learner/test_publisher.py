@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from services.learner import publisher
 from services.runtime import failpoints
 from services.runtime.errors import HeteroRLError, StorageError
-from services.wire.delta import root_of
+from services.wire.delta import compiled, root_of
 from tests.unit.learner.weights_of_tests import carry_out, make_weights, nudged, open_shop
 
 
@@ -42,6 +43,22 @@ async def test_encoding_gives_way_to_training_and_nothing_else_does(tmp_path: Pa
     await shop.publisher.publish(0, make_weights(1))
     assert niceness == [min(19, before + 5) if sys.platform == "linux" else before]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+async def test_only_for_a_large_policy_is_the_comparison_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_kernel", None)
+    weights = make_weights(1)
+    small, large = open_shop(tmp_path / "small"), open_shop(tmp_path / "large")
+    await small.publisher.publish(0, weights)
+    await small.publisher.publish(1, nudged(weights, 2))
+    assert compiled._kernel is None
+    monkeypatch.setattr(publisher, "_COMPILED_FROM_BYTES", 1)
+    await large.publisher.publish(0, weights)
+    await large.publisher.publish(1, nudged(weights, 2))  # after it, on the same thread
+    assert compiled._kernel is not None
+    assert large.publisher.latest.version.root == small.publisher.latest.version.root
 
 
 async def test_a_failure_before_the_row_leaves_the_old_version_and_its_baseline(tmp_path: Path) -> None:
