@@ -3,9 +3,9 @@
     python -m tests.bench.bench_wan --traces DIR --large DIR [--out tests/bench/results/wan.json]      (Linux, as root)
 
 Two network namespaces joined by tests/bench/tun_link.py; all parts over mutual TLS as shipped, raw TCP without.
-`link_use`: the same bytes by raw TCP; in four objects (a keyframe has one for each 64 MiB of the model) by one sampler,
-by four with one each, by one with four channels; in one object by one; in turn, connections open and warm. Beside the
-seconds stands what each process took of the processor in them.
+`link_use`: the same bytes by raw TCP, over one connection and over four; in four objects (a keyframe has one for each
+64 MiB of the model) by one sampler, by four with one each, by one with four channels; in one object by one; in turn,
+connections open and warm. Beside the seconds stands what each process took of the processor in them.
 `against`: the learner publishes the next version of a policy, and a sampler follows to verified weights, with the
 seconds of each phase; beside it curl fetches the whole checkpoint from nginx (then SHA-256), and rsync updates the old
 checkpoint. For 84M parameters (`--traces`, of tests/bench/weight_traces.py) and 596M (`--large`, of large_pair.py).

@@ -104,12 +104,14 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def take_over_tcp(meter: Meter, port: int, warm: ObjectRef, size: int) -> None:
-    reader, writer = await asyncio.open_connection(HOST, port, limit=RECEIVE_BYTES)
-    await take_raw(reader, writer, warm.size_bytes)
+async def take_over_tcp(meter: Meter, port: int, warm: ObjectRef, sizes: Sequence[int]) -> None:
+    """Each of `sizes` by a connection of its own, at the same time."""
+    ends = [await asyncio.open_connection(HOST, port, limit=RECEIVE_BYTES) for _ in sizes]
+    await asyncio.gather(*(take_raw(reader, writer, warm.size_bytes) for reader, writer in ends))
     with meter.running():
-        await take_raw(reader, writer, size)
-    writer.close()
+        await asyncio.gather(*(take_raw(*end, size) for end, size in zip(ends, sizes, strict=True)))
+    for _, writer in ends:
+        writer.close()
 
 
 async def fetch_plans(
@@ -146,11 +148,12 @@ async def fetch(cache: ObjectCache, refs: Sequence[ObjectRef], channels: int) ->
 
 async def link_use(folder: Path, facts: dict[str, object], turns: int) -> dict[str, list[dict[str, float]]]:
     """In the sampler's namespace: wall seconds of each way, in turn, and every process's processor seconds in them."""
-    port = int(str(facts["port"]))
+    port, raw_port = int(str(facts["port"])), int(str(facts["raw_port"]))
     warm, whole, *quarters = [ObjectRef(**row) for row in facts["objects"]]  # type: ignore[attr-defined]
     meter = Meter(pids={"sender": int(str(facts["pid"])), "receiver": os.getpid(), "link": int(str(facts["link_pid"]))})
     ways: dict[str, Callable[[], Coroutine[object, object, None]]] = {
-        "raw": lambda: take_over_tcp(meter, int(str(facts["raw_port"])), warm, whole.size_bytes),
+        "raw": lambda: take_over_tcp(meter, raw_port, warm, [whole.size_bytes]),
+        "raw_four": lambda: take_over_tcp(meter, raw_port, warm, [ref.size_bytes for ref in quarters]),
         "one": lambda: fetch_plans(meter, folder, port, warm, [quarters]),
         "four": lambda: fetch_plans(meter, folder, port, warm, [[ref] for ref in quarters]),
         "one_with_four_channels": lambda: fetch_plans(meter, folder, port, warm, [quarters], 4),
