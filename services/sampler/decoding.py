@@ -85,14 +85,15 @@ class Decoding:
         level, self._copy_of = self._copy_of is held, None
         early = None if spare is None else self._early(held, spare, arrivals.base_root, arrivals.target_root, level)
         weights: Held | None = None
-        paths: list[Path] = []
+        number = 0
         try:
-            while (ref := await arrivals.object(len(paths))) is not None:
-                paths.append(await fetch.file(ref))
+            while (ref := await arrivals.object(number)) is not None:
+                path = await fetch.file(ref)
+                number += 1
                 if early is not None:
-                    await asyncio.to_thread(early.add, paths[-1])
+                    await asyncio.to_thread(early.add, path)
             if early is not None and arrivals.plan is not None:
-                weights = await asyncio.to_thread(early.finish, paths)
+                weights = await asyncio.to_thread(early.finish)
         finally:
             if weights is None:
                 self._spare = spare
@@ -101,11 +102,9 @@ class Decoding:
     async def _as_it_comes(self, step: PlanStep, fetch: PlanFetch, held: Held, spare: Held, level: bool) -> Held | None:
         """Proved and looked at, or None: `spare` is memory still."""
         early = self._early(held, spare, step.base_root, step.target_root, level)
-        paths: list[Path] = []
         for ref in step.objects:
-            paths.append(await fetch.file(ref))
-            await asyncio.to_thread(early.add, paths[-1])
-        return await asyncio.to_thread(early.finish, paths)
+            await asyncio.to_thread(early.add, await fetch.file(ref))
+        return await asyncio.to_thread(early.finish)
 
     def _early(self, held: Held, spare: Held, base_root: str, target_root: str, level: bool) -> EarlyDecoder:
         return EarlyDecoder(

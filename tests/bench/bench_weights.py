@@ -242,7 +242,7 @@ def ahead_decoder(base: Policy, new: Policy) -> Callable[[], None]:
         )
         for path in files[way]:
             early.add(path)
-        assert early.finish(files[way]) is not None
+        assert early.finish() is not None
 
     return decode
 

@@ -5,7 +5,7 @@
 Guarantee: what is returned has the target root that the update names. The other checks only refuse sooner and say why.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -133,6 +133,11 @@ def load_parts(sources: Sequence[Source]) -> Iterator[Part]:
 
 
 def survey(sources: Sequence[Source]) -> Survey:
+    """As survey_parts. Raises CorruptObjectError."""
+    return survey_parts(load_parts(sources))
+
+
+def survey_parts(parts: Iterable[Part]) -> Survey:
     """Checks that the parts are one whole update: each shard and element once, digests that make the target root.
 
     Raises CorruptObjectError.
@@ -142,7 +147,7 @@ def survey(sources: Sequence[Source]) -> Survey:
     forms: dict[str, TensorForm] = {}
     digests: dict[str, bytes] = {}
     segments: dict[str, list[Segment]] = {}
-    for part in load_parts(sources):
+    for part in parts:
         infos.append(part.info)
         shards.add(part.shard)
         if not part.info.same_update(infos[0]):

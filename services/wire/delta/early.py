@@ -1,22 +1,22 @@
 """A delta decoded while its parts are still on their way, so that little is left to do when the last one is there.
 
     part ─► chunks on threads into staging, hashed; their new values finite, not exploded ─► digests of whole tensors
-    last part ─► survey of all parts ─► their digests are those that were found ─► weights
+    the last one too ─► survey of all parts ─► their digests are those that were found ─► weights
 
 This only works ahead. Whatever does not fit ends it without a word: `finish` then has nothing, and apply_update and
 validate_names_shapes say what is wrong. Guarantee: what `finish` returns has the expected root, and would pass both.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from services.runtime.errors import HeteroRLError
 from services.wire.delta.codec import decode_chunk, write_chunk
-from services.wire.delta.decode import allocate, can_stage, survey
+from services.wire.delta.decode import allocate, can_stage, survey_parts
 from services.wire.delta.layout import Chunk, Segment
 from services.wire.delta.part import Part, load_part, parse_part
 from services.wire.delta.tensors import BitTensor, RunningDigests, Weights, forms_of
@@ -40,6 +40,8 @@ class EarlyDecoder:
         self._roots = (base_root, target_root)
         self._workers = workers
         self._level = level
+        self._parts: list[Part] = []
+        """Those that were decoded, without their payloads."""
         self._missing = Counter({form.name: form.elements for form in forms})
         self._running = RunningDigests()
         self._digests: dict[str, bytes] = {}
@@ -55,16 +57,17 @@ class EarlyDecoder:
             self._fits = self._belongs(part)
             if self._fits:
                 self._decode(part)
+                self._parts.append(replace(part, payloads={}))
         except HeteroRLError:
             self._fits = False
 
-    def finish(self, paths: Sequence[Path]) -> dict[str, BitTensor] | None:
+    def finish(self) -> dict[str, BitTensor] | None:
         """The weights once every part was added; None where they cannot be vouched for. Blocks."""
         if not self._fits:
             return None
         try:
             self._conclude(self._forms.keys() - self._digests.keys())
-            whole = survey(paths)
+            whole = survey_parts(self._parts)
         except HeteroRLError:
             return None
         if not all(may_follow(self._out[name], self._base[name], peak) for name, peak in self._peaks.items()):

@@ -15,11 +15,10 @@ import numpy as np
 
 from services.runtime.errors import CorruptObjectError
 from services.wire.delta import compiled
-from services.wire.delta.compiled import Positions
+from services.wire.delta.compiled import ESCAPE, Positions
 from services.wire.delta.streams import LENGTH, Bytes8, StreamReader, pack, pack_planes, read_planes
 from services.wire.delta.tensors import Bits
 
-ESCAPE = 255
 SCAN_ELEMENTS = 128 << 10
 """Two blocks of bf16 and their flags stay in a core's own cache."""
 
@@ -82,6 +81,9 @@ def add_to(target: Bits, source: Bits, positions: Positions, differences: Bits) 
 
 def gaps_of(positions: Positions) -> Bytes8:
     """Rising positions as gap bytes."""
+    known = compiled.code_gaps(positions)
+    if known is not None:
+        return known
     gaps = np.empty(positions.size, np.int64)
     gaps[:1] = positions[:1]
     np.subtract(positions[1:], positions[:-1], out=gaps[1:])

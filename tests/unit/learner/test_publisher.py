@@ -48,16 +48,16 @@ async def test_encoding_gives_way_to_training_and_nothing_else_does(tmp_path: Pa
 async def test_only_for_a_large_policy_is_the_comparison_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "_kernel", None)
+    monkeypatch.setattr(compiled, "_kernels", None)
     weights = make_weights(1)
     small, large = open_shop(tmp_path / "small"), open_shop(tmp_path / "large")
     await small.publisher.publish(0, weights)
     await small.publisher.publish(1, nudged(weights, 2))
-    assert compiled._kernel is None
+    assert compiled._kernels is None
     monkeypatch.setattr(publisher, "_COMPILED_FROM_BYTES", 1)
     await large.publisher.publish(0, weights)
     await large.publisher.publish(1, nudged(weights, 2))  # after it, on the same thread
-    assert compiled._kernel is not None
+    assert compiled._kernels is not None
     assert large.publisher.latest.version.root == small.publisher.latest.version.root
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.wire.delta import compiled
-from services.wire.delta.sparse import scan
+from services.wire.delta.sparse import gaps_of, positions_of, scan
 from services.wire.delta.tensors import Bits
 
 
@@ -18,7 +18,7 @@ from services.wire.delta.tensors import Bits
 def prepared() -> Iterator[None]:
     assert compiled.prepare()
     yield
-    compiled._kernel = None
+    compiled._kernels = None
 
 
 def changed(count: int, density: float, seed: int) -> tuple[Bits, Bits]:
@@ -90,10 +90,10 @@ def test_a_machine_without_numba_goes_on_with_numpy(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "heterorl")
-    monkeypatch.setattr(compiled, "_kernel", None)
+    monkeypatch.setattr(compiled, "_kernels", None)
     monkeypatch.setitem(sys.modules, "numba", None)
     assert not compiled.prepare()
-    assert "comparison_not_compiled" in caplog.messages
+    assert "encoder_not_compiled" in caplog.messages
     base, new = changed(40_000, 0.007, 6)
     assert compiled.find_changes(base, new, 0) is None
     assert list(scan(base, new).positions) == found_by_numpy(base, new, 0)[0]
@@ -111,8 +111,17 @@ def test_code_that_cannot_be_kept_is_compiled_anew(monkeypatch: pytest.MonkeyPat
         return whole(*arguments, **options)
 
     monkeypatch.setattr(numba, "njit", njit)
-    kernel = compiled._compiled(numba)
+    kernels = compiled._compiled(numba)
     base, new = changed(16_384, 0.007, 7)
     positions, differences = np.empty(20_000, np.int64), np.empty(20_000, np.uint16)
-    found = kernel(base.view(np.uint64), new.view(np.uint64), 0, positions, differences)
+    found = kernels.find(base.view(np.uint64), new.view(np.uint64), 0, positions, differences)
     assert list(positions[:found]) == found_by_numpy(base, new, 0)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(gaps=st.lists(st.sampled_from([0, 1, 7, 253, 254, 255, 256, 509, 510, 511, 765, 100_000]), max_size=50))
+def test_gaps_become_the_bytes_that_numpy_makes_of_them(gaps: list[int]) -> None:
+    positions = np.cumsum(np.array(gaps, np.int64) + 1) - 1
+    coded = gaps_of(positions)
+    assert bytes(coded) == b"".join(b"\xff" * (gap // 255) + bytes((gap % 255,)) for gap in gaps)
+    assert list(positions_of(coded, 1 << 40)) == list(positions)

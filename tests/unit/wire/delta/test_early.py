@@ -52,7 +52,7 @@ def decode(
     )
     for path in paths:
         early.add(path)
-    return early.finish(paths)
+    return early.finish()
 
 
 @pytest.fixture
