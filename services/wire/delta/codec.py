@@ -187,7 +187,8 @@ def _write_block(
 def _clustered(changes: Changes) -> bool:
     """Whether whole rows did not change, say: gaps of very different lengths are what SX codes better."""
     gaps = np.diff(changes.positions, prepend=-1).astype(np.float64)
-    return float(gaps @ gaps) * gaps.size > CLUSTERED * float(gaps.sum()) ** 2
+    # Not gaps @ gaps: BLAS would start threads of its own, which wait for the next product on other processors.
+    return float(np.square(gaps).sum()) * gaps.size > CLUSTERED * float(gaps.sum()) ** 2
 
 
 def _scan_chunk(base: Weights, new: Weights, chunk: Chunk) -> Changes:
