@@ -34,5 +34,5 @@ def split_of_changes(changes: Changes) -> Bits:
 
 def changes_of_split(differences: Bits) -> Changes:
     """The inverse of `split_of_changes`."""
-    positions = np.flatnonzero(differences)
+    positions = np.flatnonzero(differences != 0)  # numpy finds the few that are true fast among booleans only
     return Changes(count=differences.size, positions=positions, differences=differences[positions])

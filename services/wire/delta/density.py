@@ -6,7 +6,7 @@ from enum import IntEnum
 import numpy as np
 
 from services.runtime.errors import CorruptObjectError
-from services.wire.delta.dense import changes_of_split, pack_split, read_split, split_of_changes
+from services.wire.delta.dense import pack_split, read_split, split_of_changes
 from services.wire.delta.sparse import Changes, pack_changes, read_changes
 from services.wire.delta.streams import StreamReader
 from services.wire.delta.tensors import Bits
@@ -52,13 +52,3 @@ def read_encoded(
     if encoding == Encoding.SPLIT:
         return Split(differences=read_split(reader, count, dtype))
     raise CorruptObjectError(f"a chunk has the unknown encoding {encoding}: this build is too old, or it is damaged")
-
-
-def as_changes(decoded: Changes | Split) -> Changes:
-    """In the sparse form."""
-    return decoded if isinstance(decoded, Changes) else changes_of_split(decoded.differences)
-
-
-def as_differences(decoded: Changes | Split) -> Bits:
-    """In the dense form: one difference per element."""
-    return decoded.differences if isinstance(decoded, Split) else split_of_changes(decoded)

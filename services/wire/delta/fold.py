@@ -1,10 +1,12 @@
-"""Squashing: consecutive deltas become one, in time and memory of what changed, without the weights.
+"""Squashing: consecutive deltas become one without the weights, chunk by chunk: the differences of all elements of one.
 
 Differences add modulo 2^bits, and those that come to zero fall out. Whole values replace what came before them. XC
 needs its base to be read at all, so a store that squashes keeps SX deltas.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,27 +14,26 @@ import numpy as np
 from services.runtime.errors import CorruptObjectError, InvalidWeightsError
 from services.wire.delta.codec import Codec, Whole, decode_chunk, encode_values
 from services.wire.delta.decode import Source, Survey, survey
-from services.wire.delta.density import Encoding, Split, as_changes, as_differences, encode_changes
+from services.wire.delta.dense import changes_of_split
+from services.wire.delta.density import Encoding, Split, encode_changes
 from services.wire.delta.encode import collect, part_info
 from services.wire.delta.layout import Chunk
 from services.wire.delta.part import Part, build_part, load_part, parse_part
-from services.wire.delta.sparse import Changes
+from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES
 from services.wire.delta.update import EncodedUpdate, UpdateInfo, UpdateKind
 
-Decoded = Whole | Split | Changes
 
-
-def fold(updates: Sequence[Sequence[Source]]) -> EncodedUpdate:
+def fold(updates: Sequence[Sequence[Source]], workers: int = 1) -> EncodedUpdate:
     """One delta that does what the `updates` (each the parts of a delta, oldest first) do one after another.
 
     Raises InvalidWeightsError where they are not consecutive SX deltas of one run, CorruptObjectError where one is
     damaged.
     """
-    return collect(iter_fold(updates))
+    return collect(iter_fold(updates, workers))
 
 
-def iter_fold(updates: Sequence[Sequence[Source]]) -> Iterator[bytes]:
-    """The parts of `fold`, one at a time: memory for the changes of one part of each update."""
+def iter_fold(updates: Sequence[Sequence[Source]], workers: int = 1) -> Iterator[bytes]:
+    """The parts of `fold`, one at a time: memory for one part of each update, and for a chunk of each worker."""
     surveys = [survey(parts) for parts in updates]
     if not surveys:
         raise InvalidWeightsError("there is no delta to fold")
@@ -55,7 +56,7 @@ def iter_fold(updates: Sequence[Sequence[Source]]) -> Iterator[bytes]:
         changed=0,
         parameters=0,
     )
-    return _fold_parts(template, surveys[-1], updates)
+    return _fold_parts(template, surveys[-1], updates, workers)
 
 
 def _check_consecutive(first: Survey, second: Survey) -> None:
@@ -68,20 +69,19 @@ def _check_consecutive(first: Survey, second: Survey) -> None:
         raise InvalidWeightsError("the deltas are cut differently: they do not fold")
 
 
-def _fold_parts(template: UpdateInfo, last: Survey, updates: Sequence[Sequence[Source]]) -> Iterator[bytes]:
-    for shard in range(template.shards):
-        parts = [_part_of(sources, shard) for sources in updates]
-        layout = parts[0].layout
-        if any(part.layout != layout for part in parts):
-            raise InvalidWeightsError("the deltas are cut differently: they do not fold")
-        payloads: list[bytes] = []
-        changed = 0
-        for chunk in layout.chunks:
-            payload, number = _fold_chunk(parts, chunk)
-            payloads.append(payload)
-            changed += number
-        digests = [last.digests[form.name] for form in layout.forms]
-        yield build_part(part_info(template, layout, changed), shard, layout, digests, payloads)
+def _fold_parts(
+    template: UpdateInfo, last: Survey, updates: Sequence[Sequence[Source]], workers: int
+) -> Iterator[bytes]:
+    with ThreadPoolExecutor(workers, thread_name_prefix="fold") as pool:
+        for shard in range(template.shards):
+            parts = [_part_of(sources, shard) for sources in updates]
+            layout = parts[0].layout
+            if any(part.layout != layout for part in parts):
+                raise InvalidWeightsError("the deltas are cut differently: they do not fold")
+            folded = list(pool.map(partial(_fold_chunk, parts), layout.chunks))
+            info = part_info(template, layout, sum(changed for _, changed in folded))
+            digests = [last.digests[form.name] for form in layout.forms]
+            yield build_part(info, shard, layout, digests, [payload for payload, _ in folded])
 
 
 def _part_of(sources: Sequence[Source], shard: int) -> Part:
@@ -94,41 +94,24 @@ def _part_of(sources: Sequence[Source], shard: int) -> Part:
 
 
 def _fold_chunk(parts: Sequence[Part], chunk: Chunk) -> tuple[bytes, int]:
-    total: Decoded | None = None
-    for part in parts:
-        payload = part.payloads.get(chunk.key)
-        if payload is not None:
-            if payload[0] == Encoding.XC:
-                raise InvalidWeightsError("only sx deltas fold: keep those in the store")
-            step = decode_chunk(payload, chunk, None)
-            total = step if total is None else add(total, step)
-    if total is None:
+    """The payload that does what those of `parts` do one after another, and the number of changes."""
+    payloads = [payload for part in parts if (payload := part.payloads.get(chunk.key)) is not None]
+    if any(payload[0] == Encoding.XC for payload in payloads):
+        raise InvalidWeightsError("only sx deltas fold: keep those in the store")
+    if not payloads:
         return b"", 0
-    if isinstance(total, Whole):
-        return encode_values(total.values), chunk.count
-    changes = as_changes(total)
+    total = np.zeros(chunk.count, BITS_TYPE[ITEM_BYTES[chunk.dtype]])
+    whole = False
+    for payload in payloads:
+        step = decode_chunk(payload, chunk, None)
+        if isinstance(step, Whole):
+            np.copyto(total, step.values)
+            whole = True
+        elif isinstance(step, Split):
+            total += step.differences
+        else:
+            total[step.positions] += step.differences
+    if whole:
+        return encode_values(total), chunk.count
+    changes = changes_of_split(total)
     return (encode_changes(changes) if changes.positions.size else b""), changes.positions.size
-
-
-def add(first: Decoded, second: Decoded) -> Decoded:
-    """`second` after `first`."""
-    if isinstance(second, Whole):
-        return second
-    if isinstance(first, Whole):
-        return Whole(values=first.values + as_differences(second))
-    if isinstance(first, Split) or isinstance(second, Split):
-        return Split(differences=as_differences(first) + as_differences(second))
-    return add_changes(first, second)
-
-
-def add_changes(first: Changes, second: Changes) -> Changes:
-    """Sums of differences at the union of positions, without the sums that are zero."""
-    positions = np.concatenate((first.positions, second.positions))
-    order = np.argsort(positions, kind="stable")
-    positions = positions[order]
-    differences = np.concatenate((first.differences, second.differences))[order]
-    twice = np.flatnonzero(positions[1:] == positions[:-1])
-    differences[twice] += differences[twice + 1]
-    kept = differences != 0
-    kept[twice + 1] = False
-    return Changes(count=first.count, positions=positions[kept], differences=differences[kept])
