@@ -1,7 +1,7 @@
 """The cheapest way, in bytes, from the weights that a receiver holds to a version.
 
 Roots are places, updates are one-way roads whose length is their size: a plan is a shortest path. A keyframe is a road
-from nowhere (""). Stored deltas make the chain; two kinds of road are built on demand, once, and kept:
+from nowhere (""). Stored deltas make the chain; two kinds of road are built on demand (made_updates.py):
 
     keyframe of the newest version    where no road leads there, or every one is longer than a keyframe
     squashed delta                    where the shortest way has two or more deltas in a row
@@ -14,14 +14,13 @@ import heapq
 from collections.abc import Iterable, Sequence
 
 from services.learner.config import PublishSection
+from services.learner.made_updates import MadeUpdates
 from services.learner.object_store import ObjectStore
 from services.learner.publisher import Publisher, Snapshot
 from services.learner.versions import Version, VersionFiles
-from services.runtime.errors import InvalidWeightsError, ObjectGoneError
+from services.runtime.errors import ObjectGoneError, UnavailableError
 from services.runtime.log import get_logger
-from services.wire.delta import iter_encode
-from services.wire.delta.fold import iter_fold
-from services.wire.types import ObjectRef, Plan, PlanStep, UpdateKind
+from services.wire.types import Plan, PlanStep, UpdateKind
 
 _WORTH_A_KEYFRAME = 1.05
 """A new keyframe is encoded for receivers without weights once an old one and its deltas are 5 % larger."""
@@ -30,7 +29,7 @@ _log = get_logger("learner.plans")
 
 
 class Planner:
-    """Answers GetPlan; owns the updates that are made on demand."""
+    """Answers GetPlan."""
 
     def __init__(
         self, *, store: ObjectStore, versions: VersionFiles, publisher: Publisher, settings: PublishSection, run_id: str
@@ -39,9 +38,9 @@ class Planner:
         self._versions = versions
         self._publisher = publisher
         self._settings = settings
-        self._run_id = run_id
-        self._made: dict[tuple[str, str], PlanStep] = {}
-        self._making = asyncio.Lock()
+        self._made = MadeUpdates(store, settings, run_id)
+        self._changing = asyncio.Lock()
+        """Of what is on disk; never held while an update is made."""
 
     async def plan(self, have_root: str, want_version: int, keyframe_only: bool = False) -> Plan:
         """The plan to `want_version` (0: the newest). `have_root` may be empty or unknown here.
@@ -54,104 +53,83 @@ class Planner:
             raise ObjectGoneError(f"version {want_version} is not to be had: ask for the newest")
         if have_root == target.root and not keyframe_only:
             return Plan(target=target.manifest, steps=())
-        async with self._making:
-            while True:
-                steps = await self._steps("" if keyframe_only else have_root, target, newest, keyframe_only)
-                if await asyncio.to_thread(self._sound, steps):
-                    return Plan(target=target.manifest, steps=tuple(steps))
+        while True:
+            if keyframe_only:
+                target, steps = await self._keyframe(target, newest)
+            else:
+                steps = await self._steps(have_root, target, newest)
+            broken = await asyncio.to_thread(self._first_broken, steps)
+            if broken is None:
+                return Plan(target=target.manifest, steps=tuple(steps))
+            await self._close(broken)
 
     async def collect(self, also_keep: Iterable[str]) -> None:
-        """*Waits for* plans being made and the disk; *produces* free space: versions beyond publish.keep_versions and
-        on-demand updates to older versions are forgotten, and objects that nothing names are removed."""
-        async with self._making:
+        """*Waits for* the disk; *produces* free space: versions beyond publish.keep_versions and on-demand updates to
+        older versions are forgotten, and objects that nothing names are removed."""
+        async with self._changing:
             newest = self._publisher.latest.version
             oldest = newest.number - self._settings.keep_versions
-            keyframes = [step for step in self._made.values() if step.kind is UpdateKind.KEYFRAME]
-            last_keyframe = max(keyframes, key=lambda step: step.target_version, default=None)
-            for key, step in list(self._made.items()):
-                if step is not last_keyframe and step.target_root != newest.root:
-                    del self._made[key]
+            self._made.forget_older(newest.root)
             await asyncio.to_thread(self._versions.remove, [row for row in self._versions.rows if row <= oldest])
-            await asyncio.to_thread(self._store.collect, {*self._kept_objects(), *also_keep})
+            named = {ref.object_id for step in self._roads() for ref in step.objects}
+            await asyncio.to_thread(self._store.collect, {*named, *self._made.sources, *also_keep})
 
-    def _kept_objects(self) -> set[str]:
-        return {ref.object_id for step in self._roads() for ref in step.objects}
-
-    async def _steps(self, have_root: str, target: Version, newest: Snapshot, keyframe_only: bool) -> list[PlanStep]:
-        roads = [road for road in self._roads() if not keyframe_only or road.target_root == target.root]
-        if keyframe_only:
-            roads = [road for road in roads if road.kind is UpdateKind.KEYFRAME]
-        path = shortest_path(roads, have_root, target.root)
+    async def _steps(self, have_root: str, target: Version, newest: Snapshot) -> list[PlanStep]:
+        path = shortest_path(self._roads(), have_root, target.root)
         if path is not None:
             deltas = [step for step in path if step.kind is UpdateKind.DELTA]
-            if len(deltas) > 1 and await asyncio.to_thread(self._sound, deltas):
-                roads += await self._squash(deltas)
-                path = shortest_path(roads, have_root, target.root)
+            if len(deltas) > 1 and await asyncio.to_thread(self._first_broken, deltas) is None:
+                await self._made.squash(deltas)
+                path = shortest_path(self._roads(), have_root, target.root)
         if target.root == newest.version.root and (path is None or self._too_long(path)):
-            roads.append(await self._keyframe(newest))
-            path = shortest_path(roads, have_root, target.root)
+            try:
+                await self._made.keyframe(newest)
+            except UnavailableError:
+                if path is None:
+                    raise
+            path = shortest_path(self._roads(), have_root, target.root)
         if path is None:
             raise ObjectGoneError(f"version {target.number} can no longer be reached: ask for the newest")
         return path
 
+    async def _keyframe(self, target: Version, newest: Snapshot) -> tuple[Version, list[PlanStep]]:
+        """For one who trusts nothing else: of the target; where one of an earlier version was being made, of that."""
+        if target.root == newest.version.root and self._keyframe_to(target) is None:
+            target = await self._made.keyframe(newest)
+        step = self._keyframe_to(target)
+        if step is None:
+            raise ObjectGoneError(f"version {target.number} can no longer be reached: ask for the newest")
+        return target, [step]
+
+    def _keyframe_to(self, target: Version) -> PlanStep | None:
+        keyframes = [road for road in self._keyframes() if road.target_root == target.root]
+        return min(keyframes, key=size_of, default=None)
+
+    def _keyframes(self) -> list[PlanStep]:
+        return [step for step in self._roads() if step.kind is UpdateKind.KEYFRAME]
+
     def _too_long(self, path: Sequence[PlanStep]) -> bool:
         """Whether a fresh keyframe would be cheaper, judged by the size of the last one."""
-        keyframes = [step for step in self._roads() if step.kind is UpdateKind.KEYFRAME]
-        if not keyframes:
-            return False
-        size = size_of(max(keyframes, key=lambda step: step.target_version))
-        return sum(map(size_of, path)) > size * _WORTH_A_KEYFRAME
+        last = max(self._keyframes(), key=lambda step: step.target_version, default=None)
+        return last is not None and sum(map(size_of, path)) > size_of(last) * _WORTH_A_KEYFRAME
 
     def _roads(self) -> list[PlanStep]:
-        return [row.update for row in self._versions.rows.values() if row.update is not None] + [*self._made.values()]
+        return [row.update for row in self._versions.rows.values() if row.update is not None] + self._made.steps
 
-    async def _keyframe(self, newest: Snapshot) -> PlanStep:
-        key = ("", newest.version.root)
-        if key not in self._made:
-            objects = await asyncio.to_thread(self._encode_keyframe, newest)
-            self._made[key] = _road(UpdateKind.KEYFRAME, "", newest.version.root, newest.version.number, objects)
-            _log.info("keyframe_made", version=newest.version.number, bytes=size_of(self._made[key]))
-        return self._made[key]
+    def _first_broken(self, steps: Sequence[PlanStep]) -> PlanStep | None:
+        """The first that lacks an object, or has a damaged one."""
+        return next(
+            (step for step in steps if not all(self._store.is_sound(ref.object_id) for ref in step.objects)), None
+        )
 
-    def _encode_keyframe(self, newest: Snapshot) -> list[ObjectRef]:
-        number, workers = newest.version.number, self._settings.workers
-        parts = iter_encode(None, newest.weights, run_id=self._run_id, target_version=number, workers=workers)
-        return [self._store.put(part) for part in parts]
-
-    async def _squash(self, deltas: Sequence[PlanStep]) -> list[PlanStep]:
-        """The folded delta, or none where they do not fold (XC needs its base to be read at all)."""
-        first, last = deltas[0], deltas[-1]
-        key = (first.base_root, last.target_root)
-        if key not in self._made:
-            try:
-                objects = await asyncio.to_thread(self._fold, deltas)
-            except InvalidWeightsError as error:
-                _log.info("delta_not_squashed", deltas=len(deltas), to=last.target_version, reason=error)
-                return []
-            self._made[key] = _road(UpdateKind.DELTA, *key, last.target_version, objects)
-            _log.info("delta_squashed", deltas=len(deltas), to=last.target_version, bytes=size_of(self._made[key]))
-        return [self._made[key]]
-
-    def _fold(self, deltas: Sequence[PlanStep]) -> list[ObjectRef]:
-        updates = [[self._store.path_of(ref.object_id) for ref in step.objects] for step in deltas]
-        return [self._store.put(part) for part in iter_fold(updates)]
-
-    def _sound(self, steps: Sequence[PlanStep]) -> bool:
-        """Whether every object is there; a road with a damaged or missing object is closed."""
-        for step in steps:
-            if not all(self._store.is_sound(ref.object_id) for ref in step.objects):
-                self._close(step)
-                return False
-        return True
-
-    def _close(self, step: PlanStep) -> None:
+    async def _close(self, step: PlanStep) -> None:
+        """Nobody is sent that way again."""
         _log.error("update_lost", kind=step.kind.name, to=step.target_version)
-        for key, made in list(self._made.items()):
-            if made == step:
-                del self._made[key]
-        for row in list(self._versions.rows.values()):
-            if row.update == step:
-                self._versions.write(Version(manifest=row.manifest, update=None))
+        self._made.forget(step)
+        async with self._changing:
+            for row in list(self._versions.rows.values()):
+                if row.update == step:
+                    await asyncio.to_thread(self._versions.write, Version(manifest=row.manifest, update=None))
 
 
 def size_of(step: PlanStep) -> int:
@@ -188,7 +166,3 @@ def _walk_back(came_by: dict[str, PlanStep], root: str) -> list[PlanStep]:
         path.insert(0, came_by[root])
         root = came_by[root].base_root
     return path
-
-
-def _road(kind: UpdateKind, base: str, target: str, version: int, objects: Sequence[ObjectRef]) -> PlanStep:
-    return PlanStep(kind=kind, base_root=base, target_root=target, target_version=version, objects=tuple(objects))

@@ -5,6 +5,7 @@ state_dir/versions/00000012.json   {"format": 1, "manifest": base64, "signature"
 
 import base64
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,12 @@ class Version:
 
 
 class VersionFiles:
-    """The rows on disk, all in memory too. Methods that write block, and replace `rows`: readers on other threads see
-    the old mapping or the new one."""
+    """The rows on disk, all in memory too. Methods that write block, one thread at a time, and replace `rows`: readers
+    on other threads see the old mapping or the new one."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._writing = threading.Lock()
         self.rows: dict[int, Version] = {}
         with storage_errors(f"use folder {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -61,19 +63,21 @@ class VersionFiles:
 
     def write(self, version: Version) -> None:
         """Makes the row durable: from here on the version exists."""
-        atomic_write(self._path(version.number), _render(version))
-        self.rows = {**self.rows, version.number: version}
+        with self._writing:
+            atomic_write(self._path(version.number), _render(version))
+            self.rows = {**self.rows, version.number: version}
 
     def remove(self, numbers: Iterable[int]) -> None:
         """Forgets versions: collected, or undone by a restore."""
         gone = set(numbers)
         if not gone:
             return
-        with storage_errors(f"remove versions in {self._directory}"):
-            for number in gone:
-                self._path(number).unlink(missing_ok=True)
-        sync_directory(self._directory)
-        self.rows = {number: row for number, row in self.rows.items() if number not in gone}
+        with self._writing:
+            with storage_errors(f"remove versions in {self._directory}"):
+                for number in gone:
+                    self._path(number).unlink(missing_ok=True)
+            sync_directory(self._directory)
+            self.rows = {number: row for number, row in self.rows.items() if number not in gone}
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:08d}.json"

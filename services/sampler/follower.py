@@ -150,7 +150,7 @@ class Follower:
         try:
             self._held = await self._catch_up(source, announced)
             self._backoff.reset()
-            if self._ahead(self._held) is not None:
+            if self._ahead(self._held) is not None or (target is not None and self._held.version < target.version):
                 self._watch.again()
             return True
         except grpc.aio.AioRpcError as rpc_error:
@@ -245,7 +245,8 @@ class Follower:
     def _check_plan(self, plan: Plan, target: Manifest, held: HeldPolicy | None) -> Manifest:
         """The manifest of a plan that may be carried out."""
         manifest = self._trying = self._watch.check_signed(plan.target)
-        if (manifest.learner_epoch, manifest.version) < (target.learner_epoch, target.version):
+        older = manifest.version < target.version and not self._keyframe_only  # one takes long, and the run goes on
+        if manifest.learner_epoch < target.learner_epoch or (manifest.learner_epoch == target.learner_epoch and older):
             raise UnavailableError(f"a plan leads to version {manifest.version}, and {target.version} is announced")
         if manifest.root in self._refused:
             raise InvalidWeightsError(f"version {manifest.version} has been refused before")

@@ -3,8 +3,12 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
+from services.learner import made_updates
 from services.wire.delta import BitTensor, Weights, root_of
 from services.wire.types import UpdateKind
+from tests.support.gate import Gate
 from tests.support.weight_site import LearnerSite, OldWeightService, following, learner_site
 from tests.unit.learner.weights_of_tests import make_weights, nudged
 
@@ -23,6 +27,13 @@ async def publish_after(site: LearnerSite, weights: Weights, version: int, count
         history.append(nudged(history[-1], number, 20))
         await site.publisher.publish(number, history[-1])
     return history[1:]
+
+
+def damaged(weights: Weights) -> Weights:
+    """With one wrong bit."""
+    bits = weights["a.weight"].bits.copy()
+    bits[5] ^= 0x40
+    return {**weights, "a.weight": BitTensor(dtype="BF16", shape=(bits.size,), bits=bits)}
 
 
 async def test_a_sampler_a_hundred_versions_behind_arrives_with_one_squashed_delta(tmp_path: Path) -> None:
@@ -48,15 +59,31 @@ async def test_a_fresh_sampler_arrives_with_one_plan(tmp_path: Path) -> None:
 async def test_a_sampler_whose_copy_is_damaged_arrives_with_one_keyframe(tmp_path: Path) -> None:
     async with learner_site(tmp_path / "learner") as site:
         history = await publish(site, 2)
-        bits = history[1]["a.weight"].bits.copy()
-        bits[5] ^= 0x40
-        damaged = {**history[1], "a.weight": BitTensor(dtype="BF16", shape=(bits.size,), bits=bits)}
-        held = (damaged, 1, root_of(history[1]))
+        held = (damaged(history[1]), 1, root_of(history[1]))
         async with following(tmp_path / "s", site.address, site.public_key, held=held) as sampler:
             assert await sampler.reach(2) == root_of(history[2])
             assert [step.kind for step in site.planner.plans[-1].steps] == [UpdateKind.KEYFRAME]
             assert sampler.tally.keyframes_refetched == 1
             assert [root for _, root in sampler.engine.loaded][1:] == [root_of(history[2])]
+
+
+async def test_a_keyframe_that_takes_longer_than_a_step_heals_a_damaged_copy_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(made_updates.iter_encode)
+    monkeypatch.setattr(made_updates, "iter_encode", gate)
+    monkeypatch.setattr(made_updates, "KEYFRAME_PATIENCE_S", 0.05)
+    async with learner_site(tmp_path / "learner") as site:
+        history = await publish(site, 2)
+        held = (damaged(history[1]), 1, root_of(history[1]))
+        async with following(tmp_path / "s", site.address, site.public_key, held=held) as sampler:
+            await gate.begun()
+            more = await publish_after(site, history[2], 2)
+            gate.open()
+            assert await sampler.reach(3) == root_of(more[-1])
+            assert [version for version, _ in sampler.engine.loaded] == [1, 2, 3]
+            assert [plan.target.decoded.version for plan in site.planner.plans][-1] == 2
+            assert gate.calls == 1
 
 
 async def test_a_sampler_ahead_of_a_restored_learner_goes_back_with_one_plan(tmp_path: Path) -> None:
