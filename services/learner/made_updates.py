@@ -59,7 +59,7 @@ class MadeUpdates:
         self._made: dict[_Key, PlanStep] = {}
         self._under_way: dict[_Key, _Making] = {}
         self._owed: list[tuple[float, Version]] = []
-        """Versions whose keyframes were not ready in time, one for each caller that was told to ask again; until when."""
+        """Until when, and versions whose keyframes were not ready in time: one for each that was told to ask again."""
         self._turn = asyncio.Lock()
 
     @property
