@@ -17,6 +17,7 @@ from heterorl.v1 import weights_pb2_grpc
 from services.relay.bodies import Bodies
 from services.relay.config import RelayConfig
 from services.relay.disk_cache import DiskCache
+from services.relay.link import Link
 from services.relay.plans import PlanMemory
 from services.relay.telemetry import RelayCollector
 from services.relay.upstream import Upstream
@@ -100,7 +101,8 @@ async def run_relay(config: RelayConfig, process: Process) -> None:
             RelayCollector(cache=cache, upstream=upstream, plans=plans, bodies=bodies, service=service)
         )
         stack.enter_context(metrics.served(config.listen.metrics_address))
-        watching = process.tasks.create_task(upstream.watch())
+        link = Link(channel=control, upstream=upstream, name=str(ends.upstream))
+        watching = [process.tasks.create_task(upstream.watch()), process.tasks.create_task(link.report())]
         await server.start()
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         print(f"relay listens on {address}", flush=True)
@@ -110,7 +112,8 @@ async def run_relay(config: RelayConfig, process: Process) -> None:
         finally:
             await health.enter_graceful_shutdown()
             upstream.close()
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             await server.stop(STOP_GRACE_S)
         _log.info(
             "relay_drained",

@@ -28,6 +28,8 @@ _PLAN_S = 120.0
 """A learner may encode a keyframe first. The answer is remembered, so it is not lost on a sampler that gave up."""
 _PLAN_AWAY_S = 1.5
 """With the watch down the learner is probably away: samplers are not kept waiting to learn it."""
+_WHY_S = 10.0
+"""gRPC tries a few times before it says why a connection fails: 4 s."""
 _RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError)
 
 _log = get_logger("relay.upstream")
@@ -47,6 +49,8 @@ class Upstream:
         """The newest; its signature is for samplers to check."""
         self.connected = False
         """Whether the watch is up."""
+        self.trouble = ""
+        """Why the watch ended, until it brings something again; empty while there is none."""
         self.bytes_fetched = 0
         """Bytes of objects that came over the wide-area link."""
 
@@ -57,13 +61,14 @@ class Upstream:
             call = self._control.WatchPolicy(weights_pb2.WatchPolicyRequest())
             try:
                 while isinstance(message := await call.read(), weights_pb2.WatchPolicyResponse):
-                    self.connected = True
+                    self.connected, self.trouble = True, ""
                     backoff.reset()
                     self._announce(from_announcement(message))
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
                 if not isinstance(error, _RETRIED):
                     raise error from None
+                self.trouble = str(error)
                 _log.info("watch_lost", error=error)
             except BadInputError as error:
                 _log.error("announcement_refused", error=error)
@@ -82,6 +87,19 @@ class Upstream:
         while not self._closed and (self.announced is None or self.announced is seen):
             await self._changed.wait()
         return None if self._closed else self.announced
+
+    async def unreachable_because(self) -> str:
+        """Why no connection comes about, in gRPC's words; empty where upstream answers. Takes seconds."""
+        call = self._control.WatchPolicy(weights_pb2.WatchPolicyRequest(), wait_for_ready=False, timeout=_WHY_S)
+        try:
+            await call.read()
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return error.details() or "no reason given"
+            return f"no answer within {_WHY_S:.0f} s" if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else ""
+        finally:
+            call.cancel()
+        return ""
 
     def close(self) -> None:
         """Ends every `wait_for_change`."""

@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import logging
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import grpc
@@ -13,6 +15,7 @@ from grpc_status import rpc_status
 from heterorl.v1 import weights_pb2
 from heterorl.v1.weights_pb2_grpc import WeightServiceStub
 from services.lab.wan import LinkProfile, WanLink
+from services.relay.link import Link
 from services.runtime.address import Address
 from services.runtime.errors import StorageError
 from services.wire.channel import open_channel
@@ -159,6 +162,57 @@ async def test_a_restarted_relay_serves_from_its_disk(tmp_path: Path) -> None:
         site.store.path_of(ref.object_id).unlink()
         async with relay_site(tmp_path / "relay", site.address) as relay, dial(relay.address) as channel:
             assert len(await fetch(WeightServiceStub(channel), ref.object_id)) == ref.size_bytes
+
+
+class Heard(logging.Handler):
+    """What the relay says about its upstream: (level, event, reason)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: asyncio.Queue[tuple[str, str, str]] = asyncio.Queue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() in ("upstream_not_reached", "upstream_reached"):
+            reason = record.__dict__["heterorl_facts"].get("reason", "")
+            self.lines.put_nowait((record.levelname, record.getMessage(), reason))
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Generator[Heard]:
+    monkeypatch.setattr(Link.__init__, "__kwdefaults__", {**Link.__init__.__kwdefaults__, "warn_after_s": 0.1})
+    handler, logger = Heard(), logging.getLogger("heterorl.relay.upstream")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+async def test_the_log_says_that_upstream_is_not_reached_why_and_when_it_is(tmp_path: Path, heard: Heard) -> None:
+    async with learner_site(tmp_path / "learner") as site:
+        address = site.address
+    async with asyncio.timeout(60), relay_site(tmp_path / "relay", address):
+        level, event, reason = await heard.lines.get()
+        assert (level, event) == ("WARNING", "upstream_not_reached")
+        assert "Connection refused" in reason
+        async with learner_site(tmp_path / "learner", port=address.port):
+            assert (await heard.lines.get())[:2] == ("INFO", "upstream_reached"), "before its first version"
+        assert (await heard.lines.get())[:2] == ("WARNING", "upstream_not_reached")
+
+
+async def test_the_log_says_that_upstream_is_no_learner(tmp_path: Path, heard: Heard) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    address = Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
+    async with asyncio.timeout(60), server, relay_site(tmp_path / "relay", address):
+        level, event, reason = await heard.lines.get()
+        assert (level, event) == ("WARNING", "upstream_not_reached")
+        assert "http1" in reason
 
 
 async def test_two_relays_do_not_share_a_cache(tmp_path: Path) -> None:
