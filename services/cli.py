@@ -1,14 +1,16 @@
 """The `heterorl` command: finds the verb, parses its arguments, runs it, turns our errors into one sentence."""
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import select
 import signal
 import sys
 from collections.abc import Sequence
 
-from services.runtime.errors import HeteroRLError, StorageError
+from services.runtime.errors import ExhaustedError, HeteroRLError, StorageError
 
 VERBS: dict[str, str] = {
     "learner": "train the policy and serve weights, prompts and acknowledgements",
@@ -28,6 +30,7 @@ VERBS: dict[str, str] = {
     "pki": "make certificates",
     "config": "show the resolved configuration, or a commented default file",
 }
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
@@ -45,6 +48,9 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Exit codes: docs/operations.md."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no error
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in words if word in VERBS), None)
     parser = build_parser(verb)
@@ -55,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
         code = importlib.import_module(f"services.commands.{arguments.verb}").run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller: `>&-`
+            sys.stdout.flush()
         return code
     except HeteroRLError as error:
         print(f"heterorl {arguments.verb}: {error}", file=sys.stderr)
@@ -66,21 +73,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_left():
             raise
         return 128 + signal.SIGPIPE
+    except MemoryError:
+        print(
+            f"heterorl {arguments.verb}: there is not enough memory: free some, or use a larger machine",
+            file=sys.stderr,
+        )
+        return ExhaustedError.exit_code
     except OSError as error:
         if error.filename is None:
-            raise
+            if error.errno not in _WRITE_ERRORS:
+                raise
+            _drop_output()  # files say their names
+            print(f"heterorl {arguments.verb}: cannot write the output: {error.strerror}", file=sys.stderr)
+            return StorageError.exit_code
         print(f"heterorl {arguments.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
         return StorageError.exit_code
 
 
 def _reader_left() -> bool:
-    """Whether nobody reads our output any more, as behind `| head`; then what is left of it goes nowhere."""
+    """Whether nobody reads our output any more, as behind `| head`; then it is dropped."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     return True
+
+
+def _drop_output() -> None:
+    """What is left of it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

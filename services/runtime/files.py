@@ -36,7 +36,7 @@ def atomic_write_blocks(path: Path, blocks: Iterable[bytes | memoryview], mode: 
     The content is on disk before its name is (fsync, rename), and the name is when this returns (fsync of the folder).
     """
     with storage_errors(f"write {path}"):
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 os.fchmod(file.fileno(), mode)

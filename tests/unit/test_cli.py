@@ -61,3 +61,42 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback():
     )  # fmt: skip
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence():
+    for program, says in (("/dev/full", "cannot write the output: No space left"), (None, "")):
+        words = [sys.executable, "-m", "services.cli", "config", "default", "learner"]
+        if program is None:
+            ended = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *words], capture_output=True, text=True, check=False)
+            assert (ended.returncode, ended.stderr) == (0, "")
+            continue
+        with open(program, "w") as full:
+            ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert ended.returncode == 74
+        assert says in ended.stderr
+        assert ended.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path):
+    code = "import sys; from services.cli import main; sys.exit(main(['report', chr(0x2192) + chr(0xdcff)]))"
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": "latin-1:strict",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    assert ended.returncode == 66
+    assert b"\\u2192\\udcff" in ended.stderr
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    import services.commands.report as report
+
+    def run(_: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(report, "run", run)
+    assert main(["report", "x"]) == 75
+    assert (
+        capsys.readouterr().err == "heterorl report: there is not enough memory: free some, or use a larger machine\n"
+    )

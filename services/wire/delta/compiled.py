@@ -53,6 +53,8 @@ def find_changes(base: Bits, new: Bits, offset: int) -> tuple[Positions, Bits] |
     kernels = _kernels
     if kernels is None or base.dtype != ITEM or base.size % LANES or (base.ctypes.data | new.ctypes.data) % 8:
         return None
+    if not (base.flags.c_contiguous and new.flags.c_contiguous):
+        return None
     room = base.size // SPARSE + LANES * FLAGS
     positions, differences = np.empty(room, np.int64), np.empty(room, ITEM)
     found = kernels.find(base.view(np.uint64), new.view(np.uint64), offset, positions, differences)
@@ -95,7 +97,7 @@ def _compiled(numba: Any) -> _Kernels:
         signature = numba.int64(*arguments)
         try:
             return numba.njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:  # no folder that machine code can be kept in
+        except Exception:  # no folder that machine code can be kept in, or what is kept there is damaged
             return numba.njit(signature, nogil=True)(function)
 
     words = given(numba.uint64)

@@ -101,11 +101,24 @@ def apply_update(
 
 
 def can_stage(staging: Weights, base: Weights | None, forms: Sequence[TensorForm]) -> bool:
-    """Whether these tensors fit, can be written, and share nothing with the base."""
-    return forms_of(staging) == list(forms) and all(
-        bits.flags.writeable and (base is None or not np.may_share_memory(bits, base[name].bits))
-        for name, bits in ((form.name, staging[form.name].bits) for form in forms)
+    """Whether these tensors fit, can be written, and share no memory with each other or with the base."""
+    if forms_of(staging) != list(forms) or not all(tensor.bits.flags.writeable for tensor in staging.values()):
+        return False
+    ours = [tensor.bits for tensor in staging.values() if tensor.bits.size]
+    others = [] if base is None else [tensor.bits for tensor in base.values() if tensor.bits.size]
+    places = sorted(
+        (bits.ctypes.data, bits.nbytes, mine) for arrays, mine in ((ours, 1), (others, 0)) for bits in arrays
     )
+    # Tensors of the base may share memory; but where one of ours begins, all have ended, and where one of the base's
+    # does, all of ours.
+    end = end_of_ours = 0
+    for start, size, mine in places:
+        if start < (end if mine else end_of_ours):
+            return False
+        end = max(end, start + size)
+        if mine:
+            end_of_ours = max(end_of_ours, start + size)
+    return True
 
 
 def allocate(forms: Sequence[TensorForm]) -> dict[str, BitTensor]:

@@ -83,6 +83,8 @@ def iter_encode(
     Memory: the payloads of the part being built and at most 2 chunks per worker ahead of it, whatever the model.
     """
     forms = forms_of(new)
+    if base is not None and codec not in (Codec.SX, Codec.XC):
+        raise InvalidWeightsError(f"a delta's codec is sx or xc, not {str(codec)[:20]!r}")
     if base is not None:
         check_same_forms(forms, forms_of(base), "the new weights")
     digests = digests_of(new, workers) if digests is None else digests
@@ -178,7 +180,7 @@ def _checked_run_id(run_id: str) -> str:
 
 
 def _checked_version(version: int | None) -> int:
-    if version is None or not 0 <= version <= MAX_VERSION:
+    if type(version) is not int or not 0 <= version <= MAX_VERSION:
         raise InvalidWeightsError(f"a policy version is a number from 0 to {MAX_VERSION}, not {version}")
     return version
 

@@ -14,6 +14,7 @@ from services.runtime.errors import BadInputError, CorruptObjectError, InputMiss
 from services.runtime.files import atomic_write_blocks
 from services.wire.delta.container import HEADER_LENGTH, build_header, header_bytes, parse_header
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Weights, check_form, forms_of
+from services.wire.delta.update import FORMAT
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -62,6 +63,11 @@ def read_metadata(path: Path) -> dict[str, str]:
         return parse_header(file.read(length), size).metadata
 
 
+def is_update(path: Path) -> bool:
+    """Whether a .safetensors file is a part of an update. Raises as read_metadata."""
+    return read_metadata(path).get("format") == FORMAT
+
+
 def write_weights(weights: Weights, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """One .safetensors file, durable before it appears under its name. Raises StorageError or InvalidWeightsError."""
     forms = sorted(forms_of(weights), key=lambda form: (-form.item_bytes, form.name))
@@ -81,10 +87,17 @@ def _indexed_names(index: Path) -> list[str]:
     """The files that an index names: only names beside it, never a path elsewhere."""
     names: set[str] = set()
     for name in _weight_map(index).values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX) or "\0" in name:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX) or not _is_file_name(name):
             raise BadInputError(f"{index} names {ascii(name)[:80]}, which is not a .safetensors file beside it")
         names.add(name)
     return sorted(names)
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _weight_map(index: Path) -> dict[str, object]:
@@ -105,14 +118,20 @@ def _weight_map(index: Path) -> dict[str, object]:
 
 
 def _read_file(path: Path, mapped: bool) -> Iterator[tuple[str, BitTensor]]:
-    load = _map if mapped else _read
     with _told(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = header_bytes(file.read(HEADER_LENGTH.size), size)
         header = parse_header(file.read(length), size)
+        if header.metadata.get("format") == FORMAT:
+            raise BadInputError(f"{path} is a weight update, not weights: apply it to those that it was made from")
+        whole = np.asarray(np.memmap(file, np.uint8, mode="r")) if mapped else None
         for name, entry in header.entries.items():
             form = check_form(name, entry.dtype, entry.shape)
-            bits = load(file, entry.start, form.elements, np.dtype(BITS_TYPE[ITEM_BYTES[entry.dtype]]))
+            dtype = np.dtype(BITS_TYPE[ITEM_BYTES[entry.dtype]])
+            if whole is None:
+                bits = _read(file, entry.start, form.elements, dtype)
+            else:
+                bits = whole[entry.start : entry.start + form.elements * dtype.itemsize].view(dtype)
             yield name, BitTensor(dtype=form.dtype, shape=form.shape, bits=bits)
 
 
@@ -135,9 +154,3 @@ def _read(file: BufferedReader, start: int, count: int, dtype: "np.dtype[np.unsi
     if file.readinto(cast("bytearray", bits.view(np.uint8))) != bits.nbytes:
         raise CorruptObjectError("the file was cut short while it was read")
     return bits
-
-
-def _map(file: BufferedReader, start: int, count: int, dtype: "np.dtype[np.unsignedinteger]") -> Bits:
-    if count == 0:
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(file, dtype, mode="r", offset=start, shape=(count,)))

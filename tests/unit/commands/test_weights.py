@@ -115,7 +115,11 @@ def test_diff_never_removes_files_that_are_not_deltas(pair: Pair, tmp_path: Path
         (["apply", "new.safetensors", "delta.safetensors", "-o", "o.safetensors"], 65, "base"),
         (["apply", "base.safetensors", "cut.safetensors", "-o", "o.safetensors"], 65, "cut.safetensors: the file is"),
         (["apply", "base.safetensors", "delta.safetensors", "-o", "base.safetensors/o"], 74, "cannot make the folder"),
-        (["apply", "delta.safetensors", "base.safetensors", "-o", "o.safetensors"], 65, "not a parameter name"),
+        (
+            ["apply", "delta.safetensors", "base.safetensors", "-o", "o.safetensors"],
+            65,
+            "is a weight update, not weights",
+        ),
     ],
 )
 def test_each_mistake_is_one_sentence_and_its_exit_code(

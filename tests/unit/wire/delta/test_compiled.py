@@ -84,6 +84,7 @@ def test_other_types_and_dense_changes_are_left_to_numpy() -> None:
     assert compiled.find_changes(base, new, 0) is None
     words = base.view(np.uint32)
     assert compiled.find_changes(words, words.copy(), 0) is None
+    assert compiled.find_changes(base[::2], base[::2], 0) is None
 
 
 def test_a_machine_without_numba_goes_on_with_numpy(
@@ -99,15 +100,18 @@ def test_a_machine_without_numba_goes_on_with_numpy(
     assert list(scan(base, new).positions) == found_by_numpy(base, new, 0)[0]
 
 
-def test_code_that_cannot_be_kept_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only installation and no home: numba finds no folder for its cache."""
+@pytest.mark.parametrize(
+    "error", [RuntimeError("cannot cache function '_find': no locator"), EOFError("ran out of input")]
+)
+def test_code_that_cannot_be_kept_is_compiled_anew(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only installation and no home: numba finds no folder for its cache. Or what it finds there is damaged."""
     import numba
 
     whole = numba.njit
 
     def njit(*arguments: object, cache: bool = False, **options: object) -> object:
         if cache:
-            raise RuntimeError("cannot cache function '_find': no locator available")
+            raise error
         return whole(*arguments, **options)
 
     monkeypatch.setattr(numba, "njit", njit)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from services.runtime.errors import InvalidWeightsError
 from services.wire.delta import (
     BitTensor,
     Codec,
@@ -182,3 +183,32 @@ def test_running_digests_are_those_of_the_whole_in_whatever_order_the_pieces_com
 
 def test_exponent_masks_belong_to_known_types() -> None:
     assert EXPONENT_MASK.keys() <= ITEM_BYTES.keys()
+
+
+@pytest.mark.parametrize("codec", ["keyframe", "zz"])
+def test_a_delta_of_another_codec_is_refused(codec: str) -> None:
+    weights = {"w": tensor("BF16", [1, 2])}
+    with pytest.raises(InvalidWeightsError, match="sx or xc"):
+        encode_delta(weights, weights, run_id="run", base_version=0, target_version=1, codec=codec)
+
+
+def test_memory_that_tensors_share_is_not_decoded_into() -> None:
+    """Staging that overlaps itself or the base would give wrong weights as verified."""
+    base = {name: tensor("BF16", range(1000)) for name in ("x", "y")}
+    new = {"x": tensor("BF16", range(1, 1001)), "y": tensor("BF16", range(2, 1002))}
+    parts = delta_of(base, new).parts
+    room = np.zeros(1500, np.uint16)
+
+    def staged(x: np.ndarray, y: np.ndarray) -> dict[str, BitTensor]:
+        return {name: BitTensor(dtype="BF16", shape=(1000,), bits=bits) for name, bits in (("x", x), ("y", y))}
+
+    for staging in (
+        staged(room[:1000], room[:1000]),
+        staged(room[500:], room[:1000]),
+        staged(base["y"].bits, base["x"].bits),
+        staged(room[:1000], base["x"].bits),
+    ):
+        assert same(apply_update(parts, base, expect_root=root_of(new), staging=staging), new)
+        assert root_of(base) == root_of({name: tensor("BF16", range(1000)) for name in ("x", "y")})
+    apart = staged(np.zeros(1000, np.uint16), np.zeros(1000, np.uint16))
+    assert apply_update(parts, base, staging=apart)["x"].bits is apart["x"].bits
