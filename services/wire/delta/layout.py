@@ -46,7 +46,8 @@ class Chunk:
 class PartLayout:
     """What one safetensors file of an update covers.
 
-    `forms` has every tensor that a chunk here touches; the tensors without elements are in the first part.
+    `forms` has every tensor that a chunk here touches; the tensors without elements are in the first part, and where
+    they are more than PART_SEGMENTS, so many in each.
     """
 
     forms: tuple[TensorForm, ...]
@@ -87,9 +88,10 @@ def plan_parts(forms: Sequence[TensorForm]) -> list[PartLayout]:
         slots -= len(chunk.segments)
     parts: list[PartLayout] = []
     empty = [form.name for form in forms if form.elements == 0]
+    groups += [[] for _ in range(len(groups), -(-len(empty) // PART_SEGMENTS))]
     for index, chunks in enumerate(groups):
         names = {segment.name for chunk in chunks for segment in chunk.segments}
-        names.update(empty if index == 0 else ())
+        names.update(empty[index * PART_SEGMENTS : (index + 1) * PART_SEGMENTS])
         parts.append(PartLayout(forms=tuple(by_name[name] for name in sorted(names)), chunks=tuple(chunks)))
     return parts
 

@@ -212,3 +212,11 @@ def test_memory_that_tensors_share_is_not_decoded_into() -> None:
         assert root_of(base) == root_of({name: tensor("BF16", range(1000)) for name in ("x", "y")})
     apart = staged(np.zeros(1000, np.uint16), np.zeros(1000, np.uint16))
     assert apply_update(parts, base, staging=apart)["x"].bits is apart["x"].bits
+
+
+def test_thousands_of_empty_tensors_come_back() -> None:
+    weights = {f"{'e' * 400}{number}": tensor("BF16", [], (0,)) for number in range(11_000)}
+    base, new = {**weights, "w": tensor("BF16", [1])}, {**weights, "w": tensor("BF16", [2])}
+    update = delta_of(base, new)
+    assert len(update.parts) == 3
+    assert same(apply_update(update.parts, base, expect_root=root_of(new)), new)
