@@ -17,7 +17,7 @@ from typing import Protocol
 
 from services.relay.disk_cache import DiskCache, Part
 from services.runtime.backoff import Backoff
-from services.runtime.errors import HeteroRLError, ObjectGoneError, UnavailableError
+from services.runtime.errors import ExhaustedError, HeteroRLError, ObjectGoneError, StorageError, UnavailableError
 from services.runtime.lifecycle import explain
 from services.runtime.log import get_logger
 
@@ -32,6 +32,10 @@ class ObjectSource(Protocol):
 
     def fetch(self, object_id: str, offset: int) -> AsyncGenerator[bytes]:
         """The bytes from `offset` to the object's end, each chunk checked. Raises HeteroRLError."""
+        ...
+
+    def size_of(self, object_id: str) -> int | None:
+        """The object's bytes; None where upstream did not say."""
         ...
 
 
@@ -137,12 +141,14 @@ class Bodies:
         except Exception as error:  # a task's end: its readers must not wait for ever
             if isinstance(error, ObjectGoneError):
                 self._on_gone(body.object_id)
+            if isinstance(error, StorageError | ExhaustedError):  # samplers only go elsewhere: a person must hear of it
+                _log.warning("object_not_served", object_id=body.object_id, error=error)
             body.fail(explain(error, _log))
             self._live.pop(body.object_id, None)  # the next reader tries again
 
     async def _download(self, body: Body) -> None:
         async with self._slots:
-            part = await asyncio.to_thread(self._cache.begin, body.object_id)
+            part = await asyncio.to_thread(self._cache.begin, body.object_id, self._source.size_of(body.object_id))
             body.holds += 1
             self.misses += 1
             body.descriptor = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -7,16 +7,19 @@ Nothing is synced: a file that a power loss damaged is found when it is opened, 
 All methods block and may be called from any thread.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
+import stat
+import tempfile
 import threading
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.runtime.errors import CorruptObjectError, ExhaustedError
+from services.runtime.errors import CorruptObjectError, ExhaustedError, StorageError
 from services.runtime.files import storage_errors
 from services.runtime.log import get_logger
 from services.wire.objects import check_object_id, is_object_id
@@ -50,7 +53,10 @@ class Part:
 
 
 class DiskCache:
-    """At most `max_bytes` in `directory`; least recently used first out, held ones never."""
+    """At most `max_bytes` in `directory`; least recently used first out, held ones never.
+
+    Raises StorageError for a folder that cannot be used: not readable, not writable, or with something else in it.
+    """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory = directory
@@ -59,6 +65,8 @@ class DiskCache:
         self._held: Counter[str] = Counter()
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._parts: dict[str, Part] = {}
+        self._too_large: set[str] = set()
+        """Objects that turned out to be, so that none of them empties the cache twice."""
         self.damaged = 0
         """Objects that were dropped because their bytes no longer had their digest."""
         self.evicted = 0
@@ -67,6 +75,8 @@ class DiskCache:
             self._scan()
         with self._lock:
             self._make_room(0)
+        with storage_errors(f"write in folder {directory}"), tempfile.TemporaryFile(dir=directory):
+            pass  # found now, not when the first sampler asks
 
     @property
     def used_bytes(self) -> int:
@@ -91,9 +101,14 @@ class DiskCache:
             self.release(object_id)
         return opened
 
-    def begin(self, object_id: str) -> Part:
-        """The part to go on with, or a new one; held until `release`."""
+    def begin(self, object_id: str, size_bytes: int | None = None) -> Part:
+        """The part to go on with, or a new one; held until `release`. `size_bytes`: the object's, where it is known.
+
+        Raises ExhaustedError for an object that is larger than the cache, StorageError.
+        """
         path = self._path(object_id)
+        if object_id in self._too_large or (size_bytes or 0) > self._max_bytes:
+            raise self._larger_than_cache(object_id)
         with self._lock:
             self._held[object_id] += 1
             part = self._parts.get(object_id)
@@ -110,7 +125,13 @@ class DiskCache:
         return part
 
     def append(self, part: Part, data: bytes) -> None:
-        """Writes the next bytes. Raises ExhaustedError when everything in the cache is held, StorageError."""
+        """Writes the next bytes. Raises ExhaustedError when everything in the cache is held, or the object is larger
+        than the cache (its part is dropped then), StorageError."""
+        if part.size_bytes + len(data) > self._max_bytes:
+            self._too_large.add(part.object_id)
+            with storage_errors(f"remove {part.path}"):
+                self._drop(part)
+            raise self._larger_than_cache(part.object_id)
         with self._lock:
             self._make_room(len(data))
             self._sizes[part.path.name] += len(data)  # before the write: two parts must not take the same room
@@ -150,7 +171,8 @@ class DiskCache:
                 return
             del self._parts[object_id]
             del self._sizes[part.path.name]
-            part.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # an empty file, which the next start removes
+                part.path.unlink()
 
     def _path(self, object_id: str) -> Path:
         return self._directory / check_object_id(object_id)
@@ -186,6 +208,13 @@ class DiskCache:
         _log.error("object_damaged", object_id=path.name)
         return None
 
+    def _larger_than_cache(self, object_id: str) -> ExhaustedError:
+        return ExhaustedError(
+            f"object {object_id[:12]} is larger than cache.max_bytes ({self._max_bytes}): "
+            "ask the learner; at the relay, raise cache.max_bytes",
+            _RETRY_S,
+        )
+
     def _write(self, part: Part, data: bytes) -> None:
         descriptor = os.open(part.path, os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -212,6 +241,8 @@ class DiskCache:
         for path in self._directory.iterdir():
             if is_object_id(path.name):
                 status = path.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise StorageError(f"cannot use {path}: it is named like an object and is no file: remove it")
                 found.append((status.st_mtime_ns, path.name, status.st_size))
             elif path.suffix == ".part":
                 path.unlink()
@@ -219,30 +250,34 @@ class DiskCache:
             self._sizes[name] = size
 
     def _make_room(self, size_bytes: int) -> None:
-        """Under the lock. Raises ExhaustedError."""
+        """Under the lock. Raises ExhaustedError, with nothing removed, and StorageError."""
+        held = sum(size for name, size in self._sizes.items() if self._held[name.removesuffix(".part")])
+        if held + size_bytes > self._max_bytes:
+            raise ExhaustedError(
+                "the relay's cache is full of objects that are being fetched: raise cache.max_bytes", _RETRY_S
+            )
         total = sum(self._sizes.values())
-        while total + size_bytes > self._max_bytes:
-            freed = self._evict_one()
-            if freed is None:
-                raise ExhaustedError(
-                    "the relay's cache is full of objects that are being fetched: raise cache.max_bytes", _RETRY_S
-                )
+        while total + size_bytes > self._max_bytes and (freed := self._evict_one()) is not None:
             total -= freed
 
     def _evict_all(self) -> bool:
         """The disk is full, whatever our own bound says. Whether anything was removed."""
         with self._lock:
-            removed = False
+            removed = 0
             while self._evict_one() is not None:
-                removed = True
-        return removed
+                removed += 1
+        if removed:
+            _log.warning("disk_full", objects_removed=removed, cache=self._directory)
+        return removed > 0
 
     def _evict_one(self) -> int | None:
-        """Under the lock: removes the least recently used that nobody holds, and returns its size; None for none."""
+        """Under the lock: removes the least recently used that nobody holds, and returns its size; None for none.
+        Raises StorageError."""
         for name, size in self._sizes.items():
             object_id = name.removesuffix(".part")
             if not self._held[object_id]:
-                (self._directory / name).unlink(missing_ok=True)
+                with storage_errors(f"remove {self._directory / name}"):
+                    (self._directory / name).unlink(missing_ok=True)
                 del self._sizes[name]
                 if name != object_id:
                     del self._parts[object_id]

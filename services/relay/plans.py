@@ -81,6 +81,7 @@ class PlanMemory:
     async def _learn(self, key: _Key, request: weights_pb2.GetPlanRequest) -> weights_pb2.GetPlanResponse:
         answer = await self._ask(request)
         plan = from_plan(answer)
+        self._upstream.note_sizes(ref for step in plan.steps for ref in step.objects)
         if plan.target.decoded.version == key.want_version:  # 0 asks for the newest, whichever it is by now
             self._known[key] = answer
             while len(self._known) > _MOST:

@@ -5,7 +5,8 @@ watch ─► latest (conflated: only the newest is kept) ─► wait_for_change,
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from services.runtime.log import get_logger
 from services.wire.convert import from_announcement
 from services.wire.errors import from_rpc_error
 from services.wire.object_reader import ObjectReader
-from services.wire.types import Announcement, SignedManifest
+from services.wire.types import Announcement, ObjectRef, SignedManifest
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only
     from heterorl.v1.weights_pb2_grpc import WeightServiceAsyncStub
@@ -30,6 +31,7 @@ _PLAN_AWAY_S = 1.5
 """With the watch down the learner is probably away: samplers are not kept waiting to learn it."""
 _WHY_S = 10.0
 """gRPC tries a few times before it says why a connection fails: 4 s."""
+_MOST_SIZES = 4096
 _RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError)
 
 _log = get_logger("relay.upstream")
@@ -45,6 +47,7 @@ class Upstream:
         self._reader = ObjectReader(bulk, stall_s=stall_s)
         self._changed = asyncio.Event()
         self._closed = False
+        self._sizes: OrderedDict[str, int] = OrderedDict()
         self.announced: Announcement | None = None
         """The newest; its signature is for samplers to check."""
         self.connected = False
@@ -114,6 +117,17 @@ class Upstream:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
 
+    def note_sizes(self, objects: Iterable[ObjectRef]) -> None:
+        """Remembers what upstream said of the newest objects."""
+        for ref in objects:
+            self._sizes[ref.object_id] = ref.size_bytes
+        while len(self._sizes) > _MOST_SIZES:
+            self._sizes.popitem(last=False)
+
+    def size_of(self, object_id: str) -> int | None:
+        """The object's bytes; None where upstream did not say."""
+        return self._sizes.get(object_id)
+
     async def fetch(self, object_id: str, offset: int) -> AsyncGenerator[bytes]:
         """As ObjectReader.read."""
         async with contextlib.aclosing(self._reader.read(object_id, offset)) as chunks:
@@ -122,6 +136,8 @@ class Upstream:
                 yield data
 
     def _announce(self, announcement: Announcement) -> None:
+        for update in (announcement.update, announcement.coming):
+            self.note_sizes(update.objects if update is not None else ())
         manifest = announcement.manifest
         if self.latest is not None and self.latest.manifest == manifest.manifest:
             return  # a reconnection says again what is known

@@ -164,6 +164,27 @@ async def test_a_restarted_relay_serves_from_its_disk(tmp_path: Path) -> None:
             assert len(await fetch(WeightServiceStub(channel), ref.object_id)) == ref.size_bytes
 
 
+async def test_an_object_larger_than_the_cache_is_refused_and_removes_nothing(tmp_path: Path) -> None:
+    async with learner_site(tmp_path / "learner") as site:
+        await site.publisher.publish(0, weights := make_weights(1, 3_000_000))
+        await site.publisher.publish(1, nudged(weights, 1))
+        async with (
+            relay_site(tmp_path / "relay", site.address, cache={"max_bytes": 1 << 20}) as relay,
+            dial(relay.address) as channel,
+        ):
+            stub = WeightServiceStub(channel)
+            await stub.WatchPolicy(weights_pb2.WatchPolicyRequest()).read()
+            small = only_object(site, 1).object_id
+            await fetch(stub, small)
+            plan = from_plan(await stub.GetPlan(weights_pb2.GetPlanRequest(want_version=1, keyframe_only=True)))
+            large = max((ref for step in plan.steps for ref in step.objects), key=lambda ref: ref.size_bytes)
+            assert large.size_bytes > 1 << 20
+            with pytest.raises(grpc.aio.AioRpcError, match=r"larger than cache.max_bytes") as caught:
+                await fetch(stub, large.object_id)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert [path.name for path in (tmp_path / "relay" / "objects").iterdir()] == [small]
+
+
 class Heard(logging.Handler):
     """What the relay says about its upstream: (level, event, reason)."""
 

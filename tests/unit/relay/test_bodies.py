@@ -1,7 +1,9 @@
 """One fetch from upstream, whatever the number of readers and of breaks."""
 
 import asyncio
+import errno
 import hashlib
+import logging
 import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -11,7 +13,14 @@ import pytest
 from services.relay.bodies import Bodies
 from services.relay.disk_cache import DiskCache
 from services.runtime.backoff import Backoff
-from services.runtime.errors import CorruptObjectError, HeteroRLError, ObjectGoneError, UnavailableError
+from services.runtime.errors import (
+    CorruptObjectError,
+    ExhaustedError,
+    HeteroRLError,
+    ObjectGoneError,
+    StorageError,
+    UnavailableError,
+)
 
 DATA = bytes(range(256)) * 40
 NAME = hashlib.sha256(DATA).hexdigest()
@@ -24,8 +33,12 @@ class ScriptedSource:
         self.breaks = list(breaks)
         self.offsets: list[int] = []
         self.data = data
+        self.size_bytes: int | None = None
         self.go_on = asyncio.Event()
         self.go_on.set()
+
+    def size_of(self, object_id: str) -> int | None:
+        return self.size_bytes
 
     async def fetch(self, object_id: str, offset: int) -> AsyncGenerator[bytes]:
         self.offsets.append(offset)
@@ -134,3 +147,29 @@ async def test_a_fetch_outlives_its_reader_and_leaves_nothing_open(tmp_path: Pat
     assert len(os.listdir("/proc/self/fd")) == before
     assert await read(bodies) == DATA
     assert source.offsets == [0]
+
+
+async def test_an_object_that_is_known_to_be_too_large_is_not_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = ScriptedSource()
+    source.size_bytes = 1 << 30
+    with pytest.raises(ExhaustedError, match=r"larger than cache.max_bytes"):
+        await read(bodies_on(tmp_path, source))
+    assert source.offsets == []
+    assert [record.getMessage() for record in caplog.records] == ["object_not_served"]
+
+
+async def test_a_full_disk_is_a_warning_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    bodies = bodies_on(tmp_path, ScriptedSource())
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match="No space left on device: free disk space"):
+        await read(bodies)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+        (logging.WARNING, "object_not_served")
+    ]

@@ -1,13 +1,15 @@
 """The relay's disk cache: bounded, verified, and never without what somebody reads."""
 
+import errno
 import hashlib
 import os
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
 from services.relay.disk_cache import DiskCache
-from services.runtime.errors import BadInputError, CorruptObjectError, ExhaustedError
+from services.runtime.errors import BadInputError, CorruptObjectError, ExhaustedError, StorageError
 
 
 def name_of(data: bytes) -> str:
@@ -129,3 +131,85 @@ def test_asking_for_what_does_not_exist_leaves_nothing_behind(tmp_path: Path) ->
         cache.release(part.object_id)
     assert list(tmp_path.iterdir()) == []
     assert (cache.used_bytes, cache._parts, cache._sizes) == (0, {}, {})
+
+
+def test_an_object_larger_than_the_cache_removes_nothing_where_its_size_is_known(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1000)
+    kept = put(cache, b"k" * 900)
+    with pytest.raises(ExhaustedError, match=r"is larger than cache.max_bytes \(1000\)"):
+        cache.begin(name_of(b"l" * 1001), 1001)
+    assert content(cache, kept) is not None
+    assert (cache.evicted, cache.used_bytes) == (0, 900)
+
+
+def test_an_object_that_turns_out_to_be_larger_than_the_cache_leaves_no_part_and_is_not_begun_again(
+    tmp_path: Path,
+) -> None:
+    cache = DiskCache(tmp_path, 1000)
+    part = cache.begin(name_of(b"l" * 1001))
+    cache.append(part, b"l" * 600)
+    with pytest.raises(ExhaustedError, match=r"is larger than cache.max_bytes"):
+        cache.append(part, b"l" * 401)
+    cache.release(part.object_id)
+    assert list(tmp_path.iterdir()) == []
+    assert cache.used_bytes == 0
+    kept = put(cache, b"k" * 900)
+    with pytest.raises(ExhaustedError, match=r"is larger than cache.max_bytes"):
+        cache.begin(part.object_id)
+    assert content(cache, kept) is not None
+
+
+def test_where_held_objects_leave_no_room_the_others_stay(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1000)
+    held, idle = put(cache, b"h" * 600), put(cache, b"i" * 300)
+    opened = cache.open(held)
+    assert opened is not None
+    part = cache.begin(name_of(b"p" * 500))
+    with pytest.raises(ExhaustedError, match="full of objects that are being fetched"):
+        cache.append(part, b"p" * 500)
+    assert content(cache, idle) is not None
+    os.close(opened.descriptor)
+
+
+@pytest.fixture
+def nothing_can_be_removed(monkeypatch: pytest.MonkeyPatch) -> Generator[Callable[[], None]]:
+    """Called, it makes every removal fail until the test ends."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patched:
+        yield lambda: patched.setattr(Path, "unlink", refuse)
+
+
+def test_contents_that_are_too_large_and_cannot_be_removed_are_one_sentence_at_the_start(
+    tmp_path: Path, nothing_can_be_removed: Callable[[], None]
+) -> None:
+    put(DiskCache(tmp_path, 1000), b"a" * 600)
+    nothing_can_be_removed()
+    with pytest.raises(StorageError, match=r"cannot remove .*: Permission denied"):
+        DiskCache(tmp_path, 300)
+
+
+def test_what_cannot_be_removed_for_the_next_object_is_one_sentence(
+    tmp_path: Path, nothing_can_be_removed: Callable[[], None]
+) -> None:
+    cache = DiskCache(tmp_path, 1000)
+    put(cache, b"a" * 600)
+    part = cache.begin(name_of(b"p" * 500))
+    empty = cache.begin(name_of(b"q"))
+    nothing_can_be_removed()
+    with pytest.raises(StorageError, match=r"cannot remove .*: Permission denied"):
+        cache.append(part, b"p" * 500)
+    cache.release(empty.object_id)  # called where nobody could hear of an error
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_the_start() -> None:
+    with pytest.raises(StorageError, match="cannot write in folder /proc/self/task: "):  # not even by root
+        DiskCache(Path("/proc/self/task"), 1000)
+
+
+def test_a_folder_with_the_name_of_an_object_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / ("0" * 64)).mkdir()
+    with pytest.raises(StorageError, match="is named like an object and is no file: remove it"):
+        DiskCache(tmp_path, 1)
