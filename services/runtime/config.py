@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeAlias, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from services.runtime.config_sources import (
@@ -34,6 +34,14 @@ class Section(BaseModel):
     """A table of a config file. Unknown keys are errors; attribute docstrings are the keys' documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_empty_path(cls, value: object, info: ValidationInfo) -> object:
+        """An empty path would be the current folder, which nobody means who leaves a value empty."""
+        if value == "" and Path in arms(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("must be a path")
+        return value
 
 
 Annotation: TypeAlias = Any
@@ -59,10 +67,13 @@ def load(tree: type[TreeT], path: Path | None, overrides: Sequence[str], environ
     """
     settings: dict[KeyPath, Setting] = {}
     if path is not None:
-        merge(settings, read_file(path))
+        _require_tables(tree, from_file := read_file(path))
+        merge(settings, from_file)
     top_keys = [name for name, field in tree.model_fields.items() if section_of(field.annotation) is None]
     for texts in (read_environment(environ, top_keys), read_overrides(overrides)):
-        merge(settings, {key: _typed(tree, key, text) for key, text in texts.items()})
+        layer = {key: _typed(tree, key, text) for key, text in texts.items()}
+        _require_tables(tree, layer)
+        merge(settings, layer)
     try:
         value = tree.model_validate(nest(settings))
     except ValidationError as error:
@@ -118,17 +129,33 @@ def _child(annotation: Annotation, key: str | int) -> Annotation:
     return None
 
 
+def _annotation_at(tree: type[Section], key: KeyPath) -> Annotation:
+    """The type of a dotted key, or None where there is no such key."""
+    annotation: Annotation = tree
+    for part in key:
+        annotation = _child(annotation, part)
+    return annotation
+
+
+def _require_tables(tree: type[Section], layer: Mapping[KeyPath, Setting]) -> None:
+    """Raises ConfigError for `section = 3`. Before the layer is merged: a stronger one with a key of that section would
+    take its place, and nobody would hear of it."""
+    for key, setting in layer.items():
+        annotation = _annotation_at(tree, key)
+        unset = setting.value is None and types.NoneType in arms(annotation)
+        if section_of(annotation) is not None and not unset and not isinstance(setting.value, dict):
+            name = ".".join(key)
+            raise ConfigError(f"{setting.place(key)}: {name} is {_shown(setting.value)}, but must be a table")
+
+
 def _typed(tree: type[Section], key: KeyPath, setting: Setting) -> Setting:
     """Text from the environment or the command line, as the value that its key's type asks for.
 
     Scalars stay text: pydantic reads numbers and booleans. `none` unsets an optional key. A list may be a
     TOML array or comma-separated words.
     """
-    annotation: Annotation = tree
-    for part in key:
-        annotation = _child(annotation, part)
     text = str(setting.value)
-    members = arms(annotation)
+    members = arms(_annotation_at(tree, key))
     if types.NoneType in members and text.lower() == "none":
         return setting.with_value(None)
     if any(get_origin(arm) in (list, tuple, Sequence, dict, Mapping, set, frozenset) for arm in members):

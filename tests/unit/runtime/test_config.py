@@ -169,3 +169,32 @@ def test_rendered_defaults_show_every_key_with_documentation_bounds_and_choices(
     assert "# max_bytes =    (unset)" in text
     assert "\n# [tls]\n" in text
     assert tomllib.loads(text)["optimizer"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "environ"),
+    [
+        ("optimizer = 3", ["--optimizer.lr=0.1"], {}),
+        ("optimizer = 3", [], {"HETERORL_OPTIMIZER__LR": "0.1"}),
+        ("[[optimizer]]\nlr = 0.1", ["--optimizer.kind=sgd"], {}),
+        ("tls = 'x'", ["--tls.max_bytes=1"], {}),
+        ("limits = 'x'", ["--limits.max_bytes=1"], {}),
+    ],
+)
+def test_what_stands_where_a_table_must_is_refused_whatever_stronger_layers_set(
+    tmp_path: Path, text: str, words: list[str], environ: dict[str, str]
+):
+    message = failure(tmp_path, 'model = "m"\n' + text, *words, **environ)
+    assert message.startswith("run.toml, line 2: ")
+    assert message.endswith("but must be a table")
+
+
+def test_a_stronger_layer_may_unset_an_optional_table_or_set_it_again(tmp_path: Path):
+    text = 'model = "m"\n[tls]\nmax_bytes = 1\n'
+    assert run(tmp_path, text, "--tls=none").value.tls is None
+    assert run(tmp_path, text, "--tls.max_bytes=2", HETERORL_TLS="none").value.tls == Limits(max_bytes=2)
+
+
+def test_an_empty_path_is_refused_with_its_place(tmp_path: Path):
+    assert failure(tmp_path, 'model = ""') == "run.toml, line 1: model is '', but must be a path"
+    assert failure(tmp_path, 'model = "m"', "--model=") == "option --model: model is '', but must be a path"
