@@ -2,9 +2,12 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from services.commands.connection import add_tls_arguments, tls_overrides
+from services.runtime.address import parse_listen, parse_target
 from services.runtime.config import add_config_arguments, load
+from services.runtime.errors import UsageError
 
 _SHORT = {
     "upstream": "connect.upstream",
@@ -16,6 +19,7 @@ _SHORT = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.register("type", Path, _path)
     parser.add_argument("--upstream", metavar="HOST:PORT", help="the learner; the same as --connect.upstream")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where samplers ask; the same as --listen.address")
     add_tls_arguments(parser, "relay")
@@ -38,10 +42,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """The `--section.key=value` words: those given, and those that the short options stand for."""
+    """The `--section.key=value` words: those given, and those that the short options stand for.
+    Raises UsageError for a short option that is no address or path."""
+    _check(arguments)
     words: list[str] = list(arguments.overrides)
     for option, key in _SHORT.items():
         value: str | None = getattr(arguments, option)
         if value is not None:
             words.append(f"--{key}={value}")
     return words + tls_overrides(arguments, "connect", "listen")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for option, parse in (("upstream", parse_target), ("listen", parse_listen)):
+        try:
+            if getattr(arguments, option) is not None:
+                parse(getattr(arguments, option))
+        except UsageError as error:
+            raise UsageError(f"--{option}: {error}") from None
+    if arguments.cache == "":
+        raise UsageError("--cache is empty: name a folder")
+
+
+def _path(text: str) -> Path:
+    """Not of an empty text: that would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)

@@ -57,7 +57,7 @@ class Ends:
 
 
 def check_ends(config: RelayConfig) -> Ends:
-    """Raises UsageError (not an address), RefusedError or ConfigError (certificates, no TLS beyond loopback)."""
+    """Raises RefusedError or ConfigError (certificates, no TLS beyond loopback)."""
     upstream, listen = parse_target(config.connect.upstream), parse_listen(config.listen.address)
     identity = Identity(role=Role.RELAY, id=require_id(config.connect.relay_id))
     dial: grpc.ChannelCredentials | None = None

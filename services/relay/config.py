@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from services.runtime.address import ListenKey, OptionalListenKey, TargetKey
 from services.runtime.config import Section
 from services.runtime.log import LogSection
 from services.wire.tls import TlsFiles
@@ -12,7 +13,7 @@ from services.wire.tls import TlsFiles
 class ConnectSection(Section):
     """Where the weights come from and who this relay is."""
 
-    upstream: str = "localhost:7443"
+    upstream: TargetKey = "localhost:7443"
     """HOST:PORT of the learner, or of another relay."""
     relay_id: str = "relay"
     """Name of this relay where there is no certificate to say it."""
@@ -25,11 +26,11 @@ class ConnectSection(Section):
 class ListenSection(Section):
     """The port that this site's samplers use as connect.weights, and the metrics."""
 
-    address: str = "0.0.0.0:7444"
+    address: ListenKey = "0.0.0.0:7444"
     """HOST:PORT of the gRPC server; port 0 takes a free one (printed)."""
     insecure: bool = False
     """Serve without TLS: loopback addresses only."""
-    metrics_address: str = ""
+    metrics_address: OptionalListenKey = ""
     """HOST:PORT of the Prometheus endpoint; empty for none."""
     stall_s: float = Field(default=60.0, gt=0)
     """A sampler that takes nothing for this long, in seconds, is cut; it goes on where it was."""

@@ -2,7 +2,11 @@
 
 import ipaddress
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+from pydantic import AfterValidator
 
 from services.runtime.errors import RefusedError, UsageError
 
@@ -38,6 +42,25 @@ def parse_target(text: str) -> Address:
 def parse_listen(text: str) -> Address:
     """An address to listen on: port 0 to 65535. Raises UsageError."""
     return _parse(text, lowest_port=0)
+
+
+def _key_of(parse: Callable[[str], Address], *, may_be_empty: bool = False) -> AfterValidator:
+    """A config key whose text `parse` takes; it stays text, so that it is shown as it was written."""
+
+    def check(text: str) -> str:
+        try:
+            if text or not may_be_empty:
+                parse(text)
+        except UsageError as error:
+            raise ValueError(str(error).replace(f"{text!r} is not", "must be", 1)) from None
+        return text
+
+    return AfterValidator(check)
+
+
+TargetKey: TypeAlias = Annotated[str, _key_of(parse_target)]
+ListenKey: TypeAlias = Annotated[str, _key_of(parse_listen)]
+OptionalListenKey: TypeAlias = Annotated[str, _key_of(parse_listen, may_be_empty=True)]
 
 
 def require_loopback(address: Address) -> None:

@@ -78,6 +78,12 @@ async def test_a_relay_serves_over_tls_and_ends_with_0_on_sigterm(tmp_path: Path
     ("words", "code", "sentence"),
     [
         (["--insecure", "--upstream", "learner.example.org"], 2, "the port is missing"),
+        (["--insecure", "--upstream", "foo"], 2, "--upstream: 'foo' is not HOST:PORT: the port is missing"),
+        (["--insecure", "--listen", "foo"], 2, "--listen: 'foo' is not HOST:PORT: the port is missing"),
+        (["--insecure", "--connect.upstream=foo"], 78, "connect.upstream is 'foo', but must be HOST:PORT: the port"),
+        (["--insecure", "--listen.metrics_address=foo"], 78, "listen.metrics_address is 'foo', but must be HOST:PORT"),
+        (["--insecure", "--cache", ""], 2, "--cache is empty: name a folder"),
+        (["--insecure", "--cache.dir="], 78, "option --cache.dir: cache.dir is '', but must be a path"),
         (["--insecure", "--upstream", "learner.example.org:7443"], 77, "insecure mode is for loopback"),
         (["--insecure", "--upstream", "127.0.0.1:1", "--listen", "0.0.0.0:0"], 77, "insecure mode is for loopback"),
         (["--upstream", "127.0.0.1:1"], 78, "set [tls]"),
@@ -91,3 +97,31 @@ def test_what_is_wrong_is_said_in_one_sentence(
 ) -> None:
     assert main(["relay", f"--cache.dir={tmp_path}", *words]) == code
     assert sentence in capsys.readouterr().err
+
+
+def test_an_empty_folder_of_certificates_is_not_the_current_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["relay", "--tls", ""])
+    assert ended.value.code == 2
+    assert "argument --tls: the path is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "sentence"),
+    [
+        ("[connect]\nupstream = 'foo'", 2, "connect.upstream is 'foo', but must be HOST:PORT: the port is missing"),
+        ("[connect]\n\nupstream = ''", 3, "connect.upstream is '', but must be HOST:PORT: the port is missing"),
+        ("[listen]\naddress = 'h:99999'", 2, "listen.address is 'h:99999', but must be HOST:PORT: port 99999 is not"),
+        ("[listen]\nmetrics_address = 'h'", 2, "listen.metrics_address is 'h', but must be HOST:PORT: the port"),
+        ("[cache]\ndir = ''", 2, "cache.dir is '', but must be a path"),
+        ("connect = 3", 1, "connect is 3, but must be a table"),
+        ("cache = 3\nconnect = 'x'", 1, "cache is 3, but must be a table"),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_said_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, line: int, sentence: str
+) -> None:
+    file = tmp_path / "relay.toml"
+    file.write_text(text)
+    assert main(["relay", "-c", str(file), "--insecure", "--cache.max_bytes=2000000"]) == 78
+    assert f"relay.toml, line {line}: {sentence}" in capsys.readouterr().err

@@ -1,8 +1,17 @@
 """HOST:PORT: what is taken, and the sentence for what is not."""
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from services.runtime.address import Address, parse_listen, parse_target, require_loopback
+from services.runtime.address import (
+    Address,
+    ListenKey,
+    OptionalListenKey,
+    TargetKey,
+    parse_listen,
+    parse_target,
+    require_loopback,
+)
 from services.runtime.errors import RefusedError, UsageError
 
 
@@ -51,6 +60,22 @@ def test_a_wrong_address_is_one_sentence_that_says_what_is_wrong(text: str, reas
 
 def test_a_listening_address_may_ask_for_a_free_port():
     assert parse_listen("127.0.0.1:0").port == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        (TargetKey, "localhost:1", ("", "localhost:0", "localhost")),
+        (ListenKey, "localhost:0", ("", "localhost", "localhost:65536")),
+        (OptionalListenKey, "", ("localhost", ":1")),
+    ],
+)
+def test_a_config_key_takes_what_can_be_dialled_or_bound(kind: object, right: str, wrong: tuple[str, ...]):
+    key = TypeAdapter[str](kind)
+    assert key.validate_python(right) == right
+    for text in wrong:
+        with pytest.raises(ValidationError, match="must be HOST:PORT: "):
+            key.validate_python(text)
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "127.0.0.1", "127.9.9.9", "::1"])
