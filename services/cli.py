@@ -9,6 +9,8 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from services.runtime.errors import ExhaustedError, HeteroRLError, StorageError
 
@@ -33,11 +35,23 @@ VERBS: dict[str, str] = {
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses an empty word for a path, as of an unset shell variable: it would be the current folder."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", Path, _path)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser with the arguments of `verb` only: the other verbs are listed by name, not imported."""
-    parser = argparse.ArgumentParser(
-        prog="heterorl", description="Reinforcement learning of language models over wide-area networks."
-    )
+    parser = _Parser(prog="heterorl", description="Reinforcement learning of language models over wide-area networks.")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from services.commands.connection import add_tls_arguments, tls_overrides
 from services.runtime.address import parse_listen, parse_target
@@ -19,7 +18,6 @@ _SHORT = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.register("type", Path, _path)
     parser.add_argument("--upstream", metavar="HOST:PORT", help="the learner; the same as --connect.upstream")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where samplers ask; the same as --listen.address")
     add_tls_arguments(parser, "relay")
@@ -62,10 +60,3 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{option}: {error}") from None
     if arguments.cache == "":
         raise UsageError("--cache is empty: name a folder")
-
-
-def _path(text: str) -> Path:
-    """Not of an empty text: that would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)

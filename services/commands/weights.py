@@ -22,23 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The four sub-commands. BASE and NEW are .safetensors files or Hugging Face directories."""
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     diff = verbs.add_parser("diff", help="write what turns BASE into NEW")
-    diff.add_argument("base", type=_path, metavar="BASE")
-    diff.add_argument("new", type=_path, metavar="NEW")
-    diff.add_argument("-o", "--out", type=_path, required=True, metavar="DELTA", help="a file, or a folder of parts")
+    diff.add_argument("base", type=Path, metavar="BASE")
+    diff.add_argument("new", type=Path, metavar="NEW")
+    diff.add_argument("-o", "--out", type=Path, required=True, metavar="DELTA", help="a file, or a folder of parts")
     diff.add_argument("--codec", choices=("sx", "xc"), default="sx", help="sx: fast; xc: smaller (default: sx)")
     diff.add_argument("--run-id", type=_run_id, default="", help="name of the run, kept in the delta")
     diff.add_argument("--base-version", type=_version, default=0, help="version number of BASE (default: 0)")
     diff.add_argument("--target-version", type=_version, default=1, help="version number of NEW (default: 1)")
     apply = verbs.add_parser("apply", help="write the weights that DELTA makes of BASE, verified")
-    apply.add_argument("base", type=_path, metavar="BASE")
-    apply.add_argument("delta", type=_path, metavar="DELTA")
-    apply.add_argument("-o", "--out", type=_path, required=True, metavar="OUT", help="a .safetensors file or a folder")
+    apply.add_argument("base", type=Path, metavar="BASE")
+    apply.add_argument("delta", type=Path, metavar="DELTA")
+    apply.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="a .safetensors file or a folder")
     inspect = verbs.add_parser("inspect", help="say what a delta or keyframe is")
-    inspect.add_argument("delta", type=_path, metavar="DELTA")
+    inspect.add_argument("delta", type=Path, metavar="DELTA")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     verify = verbs.add_parser("verify", help="check a delta, a keyframe or a checkpoint, and print its root")
-    verify.add_argument("path", type=_path, metavar="PATH")
-    verify.add_argument("--base", type=_path, help="check that a delta applies to these weights")
+    verify.add_argument("path", type=Path, metavar="PATH")
+    verify.add_argument("--base", type=Path, help="check that a delta applies to these weights")
     for verb in (diff, apply, verify):
         verb.add_argument("--workers", type=int, default=2, metavar="N", help="threads (default: 2)")
 
@@ -54,13 +54,6 @@ def _run_id(text: str) -> str:
     if not text.isprintable():
         raise argparse.ArgumentTypeError("a run id is printable text")
     return text
-
-
-def _path(text: str) -> Path:
-    """An empty word, as of an unset shell variable, would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("a path is not empty")
-    return Path(text)
 
 
 def run(args: argparse.Namespace) -> int:

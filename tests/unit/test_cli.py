@@ -48,6 +48,24 @@ def test_words_that_no_verb_knows_are_refused(capsys: pytest.CaptureFixture[str]
     assert "--loud" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status", "--tls", ""],
+        ["report", ""],
+        ["learner", "-c", ""],
+        ["weights", "verify", ""],
+        ["lab", "theory", "--out", ""],
+        ["demo", "--out", ""],
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(words: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert "the path is empty" in capsys.readouterr().err
+
+
 def test_the_parser_names_every_verb():
     assert all(verb in build_parser(None).format_help() for verb in VERBS)
 
