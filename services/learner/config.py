@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from services.learner.losses.settings import LossSettings
+from services.runtime.address import ListenKey, OptionalListenKey
 from services.runtime.config import Section
 from services.runtime.log import LogSection
 from services.wire.tls import TlsFiles
@@ -31,11 +32,11 @@ class RunSection(Section):
 class ListenSection(Section):
     """The one port of the learner, and its metrics."""
 
-    address: str = "0.0.0.0:7443"
+    address: ListenKey = "0.0.0.0:7443"
     """HOST:PORT of the gRPC server; port 0 takes a free one (printed, and written to state_dir/address)."""
     insecure: bool = False
     """Serve without TLS: loopback addresses only."""
-    metrics_address: str = ""
+    metrics_address: OptionalListenKey = ""
     """HOST:PORT of the Prometheus endpoint; empty for none."""
 
 

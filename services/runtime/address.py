@@ -59,6 +59,7 @@ def _key_of(parse: Callable[[str], Address], *, may_be_empty: bool = False) -> A
 
 
 TargetKey: TypeAlias = Annotated[str, _key_of(parse_target)]
+OptionalTargetKey: TypeAlias = Annotated[str, _key_of(parse_target, may_be_empty=True)]
 ListenKey: TypeAlias = Annotated[str, _key_of(parse_listen)]
 OptionalListenKey: TypeAlias = Annotated[str, _key_of(parse_listen, may_be_empty=True)]
 

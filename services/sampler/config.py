@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from services.runtime.address import OptionalListenKey, OptionalTargetKey, TargetKey
 from services.runtime.config import Section
 from services.runtime.log import LogSection
 from services.sampler.delays import DelaySection
@@ -17,9 +18,9 @@ from services.wire.tls import TlsFiles
 class ConnectSection(Section):
     """Where the learner is and who this sampler is."""
 
-    learner: str = "localhost:7443"
+    learner: TargetKey = "localhost:7443"
     """HOST:PORT of the learner, or of a relay's learner."""
-    weights: str = ""
+    weights: OptionalTargetKey = ""
     """HOST:PORT of a relay for weights; empty fetches from the learner."""
     channels: int = Field(default=1, ge=1, le=16)
     """Connections that weights come by, each with a part of every object; more than 1 helps where one connection is
@@ -124,7 +125,7 @@ class SamplerConfig(Section):
     speed, and more bring a version sooner."""
     delay: DelaySection = DelaySection()
     log: LogSection = LogSection()
-    metrics_address: str = ""
+    metrics_address: OptionalListenKey = ""
     """HOST:PORT of the Prometheus endpoint; empty for none."""
 
     @model_validator(mode="after")
