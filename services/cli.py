@@ -32,7 +32,8 @@ VERBS: dict[str, str] = {
     "pki": "make certificates",
     "config": "show the resolved configuration, or a commented default file",
 }
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Of a write, which names no file."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             if error.errno not in _WRITE_ERRORS:
                 raise
-            _drop_output()  # files say their names
-            print(f"heterorl {arguments.verb}: cannot write the output: {error.strerror}", file=sys.stderr)
+            _drop_output()
+            print(f"heterorl {arguments.verb}: cannot write: {error.strerror}", file=sys.stderr)
             return StorageError.exit_code
         print(f"heterorl {arguments.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
         return StorageError.exit_code

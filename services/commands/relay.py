@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from services.commands.connection import add_tls_arguments, tls_overrides
 from services.runtime.address import parse_listen, parse_target
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upstream", metavar="HOST:PORT", help="the learner; the same as --connect.upstream")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where samplers ask; the same as --listen.address")
     add_tls_arguments(parser, "relay")
-    parser.add_argument("--cache", metavar="DIR", help="folder of the cache; the same as --cache.dir")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of the cache; the same as --cache.dir")
     parser.add_argument("--max-bytes", metavar="N", help="bytes that it may use; the same as --cache.max_bytes")
     add_config_arguments(parser)
 
@@ -41,22 +42,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
     """The `--section.key=value` words: those given, and those that the short options stand for.
-    Raises UsageError for a short option that is no address or path."""
-    _check(arguments)
+    Raises UsageError for a short option that is no address."""
+    _check_addresses(arguments)
     words: list[str] = list(arguments.overrides)
     for option, key in _SHORT.items():
-        value: str | None = getattr(arguments, option)
+        value: str | Path | None = getattr(arguments, option)
         if value is not None:
             words.append(f"--{key}={value}")
     return words + tls_overrides(arguments, "connect", "listen")
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check_addresses(arguments: argparse.Namespace) -> None:
     for option, parse in (("upstream", parse_target), ("listen", parse_listen)):
         try:
             if getattr(arguments, option) is not None:
                 parse(getattr(arguments, option))
         except UsageError as error:
             raise UsageError(f"--{option}: {error}") from None
-    if arguments.cache == "":
-        raise UsageError("--cache is empty: name a folder")

@@ -15,8 +15,6 @@ from services.runtime.errors import UsageError
 if TYPE_CHECKING:
     from services.wire.delta import UpdateInfo, Weights
 
-SUFFIX = ".safetensors"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The four sub-commands. BASE and NEW are .safetensors files or Hugging Face directories."""
@@ -109,7 +107,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _apply(args: argparse.Namespace) -> int:
     from services.commands.weight_outputs import find_parts, refuse_inputs, write_checkpoint
     from services.wire.delta import inspect, read_weights, write_weights
-    from services.wire.delta.files import SINGLE_NAME, weight_files
+    from services.wire.delta.files import SINGLE_NAME, SUFFIX, weight_files
 
     parts = find_parts(args.delta)
     base = read_weights(args.base, mapped=True)

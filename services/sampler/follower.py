@@ -245,8 +245,9 @@ class Follower:
     def _check_plan(self, plan: Plan, target: Manifest, held: HeldPolicy | None) -> Manifest:
         """The manifest of a plan that may be carried out."""
         manifest = self._trying = self._watch.check_signed(plan.target)
-        older = manifest.version < target.version and not self._keyframe_only  # one takes long, and the run goes on
-        if manifest.learner_epoch < target.learner_epoch or (manifest.learner_epoch == target.learner_epoch and older):
+        # A keyframe may take longer than a step: that of an earlier version heals our copy too.
+        least = target.learner_epoch, 0 if self._keyframe_only else target.version
+        if (manifest.learner_epoch, manifest.version) < least:
             raise UnavailableError(f"a plan leads to version {manifest.version}, and {target.version} is announced")
         if manifest.root in self._refused:
             raise InvalidWeightsError(f"version {manifest.version} has been refused before")

@@ -15,8 +15,8 @@ import torch
 from services.wire.delta.exponents import EXPONENT_SHIFT
 from services.wire.delta.layout import Chunk, gather
 from services.wire.delta.members import SAMPLE_STRIDE, Exponents
-from services.wire.delta.sparse import Changes, Positions, add_to, concatenated
-from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Weights
+from services.wire.delta.sparse import Changes, add_to, concatenated
+from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Positions, Weights
 from services.wire.torch_bits import CARRIER, DTYPES
 
 SCAN_ELEMENTS = 64 << 20

@@ -15,7 +15,7 @@ import numpy as np
 
 from services.runtime.log import get_logger
 from services.wire.delta.streams import Bytes8
-from services.wire.delta.tensors import Bits
+from services.wire.delta.tensors import Bits, Positions
 
 ITEM = np.dtype(np.uint16)
 """bf16 and fp16: what policies are made of."""
@@ -32,7 +32,6 @@ FLAGS = 4096
 ESCAPE = 255
 """The gap byte that says "so many more, and the gap goes on"."""
 
-Positions = np.ndarray[tuple[int], np.dtype[np.int64]]
 Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 

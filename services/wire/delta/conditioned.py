@@ -33,9 +33,9 @@ from services.wire.delta.rice import (
     positions_between,
     read_rows,
 )
-from services.wire.delta.sparse import SIGNED, Changes, Positions
+from services.wire.delta.sparse import SIGNED, Changes
 from services.wire.delta.streams import StreamReader, varint
-from services.wire.delta.tensors import Bits
+from services.wire.delta.tensors import Bits, Positions
 
 MAX_GROUPS = 64
 SLACK_BITS = 4160

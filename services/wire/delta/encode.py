@@ -83,9 +83,9 @@ def iter_encode(
     Memory: the payloads of the part being built and at most 2 chunks per worker ahead of it, whatever the model.
     """
     forms = forms_of(new)
-    if base is not None and codec not in (Codec.SX, Codec.XC):
-        raise InvalidWeightsError(f"a delta's codec is sx or xc, not {str(codec)[:20]!r}")
     if base is not None:
+        if codec not in (Codec.SX, Codec.XC):
+            raise InvalidWeightsError(f"a delta's codec is sx or xc, not {str(codec)[:20]!r}")
         check_same_forms(forms, forms_of(base), "the new weights")
     digests = digests_of(new, workers) if digests is None else digests
     layouts = plan_parts(forms)

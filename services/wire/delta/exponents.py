@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from services.wire.delta.members import EXPONENTS, SAMPLE_STRIDE, Exponents, groups_between
-from services.wire.delta.sparse import Changes, Positions
-from services.wire.delta.tensors import Bits
+from services.wire.delta.sparse import Changes
+from services.wire.delta.tensors import Bits, Positions
 
 EXPONENT_SHIFT = {"BF16": 7, "F16": 10, "F32": 23}
 """Where the exponent starts, in the types that XC is for; exponents have at most 8 bits."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from services.wire.delta.sparse import Positions
+from services.wire.delta.tensors import Positions
 
 Exponents = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Words = np.ndarray[tuple[int], np.dtype[np.uint64]]

@@ -17,8 +17,8 @@ from math import floor, log, log1p, log2
 import numpy as np
 
 from services.runtime.errors import CorruptObjectError
-from services.wire.delta.sparse import Positions
 from services.wire.delta.streams import Bytes8, StreamReader, pack_planes, read_planes, varint
+from services.wire.delta.tensors import Positions
 
 LIMIT = 20
 """Longest run of zeros: a number far beyond the others of its row costs 32 bits more, not thousands."""

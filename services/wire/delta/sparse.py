@@ -15,9 +15,9 @@ import numpy as np
 
 from services.runtime.errors import CorruptObjectError
 from services.wire.delta import compiled
-from services.wire.delta.compiled import ESCAPE, Positions
+from services.wire.delta.compiled import ESCAPE
 from services.wire.delta.streams import LENGTH, Bytes8, StreamReader, pack, pack_planes, read_planes
-from services.wire.delta.tensors import Bits
+from services.wire.delta.tensors import Bits, Positions
 
 SCAN_ELEMENTS = 128 << 10
 """Two blocks of bf16 and their flags stay in a core's own cache."""

@@ -38,6 +38,7 @@ HASH_BLOCK_BYTES = 8 << 20
 """What a thread hashes at a time: a part of a large tensor, or several small ones."""
 
 Bits = np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]
+Positions = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

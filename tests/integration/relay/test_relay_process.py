@@ -82,7 +82,6 @@ async def test_a_relay_serves_over_tls_and_ends_with_0_on_sigterm(tmp_path: Path
         (["--insecure", "--listen", "foo"], 2, "--listen: 'foo' is not HOST:PORT: the port is missing"),
         (["--insecure", "--connect.upstream=foo"], 78, "connect.upstream is 'foo', but must be HOST:PORT: the port"),
         (["--insecure", "--listen.metrics_address=foo"], 78, "listen.metrics_address is 'foo', but must be HOST:PORT"),
-        (["--insecure", "--cache", ""], 2, "--cache is empty: name a folder"),
         (["--insecure", "--cache.dir="], 78, "option --cache.dir: cache.dir is '', but must be a path"),
         (["--insecure", "--upstream", "learner.example.org:7443"], 77, "insecure mode is for loopback"),
         (["--insecure", "--upstream", "127.0.0.1:1", "--listen", "0.0.0.0:0"], 77, "insecure mode is for loopback"),
@@ -99,11 +98,12 @@ def test_what_is_wrong_is_said_in_one_sentence(
     assert sentence in capsys.readouterr().err
 
 
-def test_an_empty_folder_of_certificates_is_not_the_current_one(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["--tls", "--cache"])
+def test_an_empty_folder_is_not_the_current_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["relay", "--tls", ""])
+        main(["relay", option, ""])
     assert ended.value.code == 2
-    assert "argument --tls: the path is empty" in capsys.readouterr().err
+    assert f"argument {option}: the path is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
