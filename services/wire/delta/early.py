@@ -92,9 +92,9 @@ class EarlyDecoder:
                 self._missing[segment.name] -= segment.count
                 written.setdefault(segment.name, []).append(segment)
         for name, segments in written.items():
-            if self._missing[name]:
-                first, last = segments[0], segments[-1]
-                self._running.advance(name, self._out[name].bits, first.start, last.start + last.count)
+            if self._missing[name]:  # one by one: what lies between them is not there yet, where a part has holes
+                for one in sorted(segments, key=lambda one: one.start):
+                    self._running.advance(name, self._out[name].bits, one.start, one.start + one.count)
         self._conclude({name for name in written if self._missing[name] == 0})
 
     def _decode_chunk(self, part: Part, chunk: Chunk) -> dict[str, int]:

@@ -9,9 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from services.wire.delta import BitTensor, Codec, EncodedUpdate, encode_delta, encode_keyframe, root_of
+from services.wire.delta import encode as encode_module
 from services.wire.delta import layout as layout_module
 from services.wire.delta.early import EarlyDecoder, copy_into
-from services.wire.delta.tensors import ITEM_BYTES
+from services.wire.delta.layout import PartLayout
+from services.wire.delta.tensors import ITEM_BYTES, digests_of, forms_of
 from services.wire.delta.validate import BITS_OF_ONE, has_exploded, is_finite, largest_magnitude, may_follow
 from tests.unit.wire.delta.samples import model, normal_bf16, nudged, same, tensor
 
@@ -115,6 +117,28 @@ def test_parts_that_are_not_the_update_make_nothing(
     base, new = versions
     update = delta_of(base, new)
     assert decode(update, fault(written(update.parts, tmp_path)), base, copy_of(base)) is None
+
+
+@pytest.mark.parametrize("level", [False, True])
+def test_elements_that_were_not_written_yet_are_not_taken_for_those_that_came(
+    level: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first part leaves a hole in its tensor, where the true update changes nothing: what the second part writes
+    there must be in the digest."""
+    base = {"w": tensor("BF16", normal_bf16(np.random.default_rng(3), 3000))}
+    new, forged = copy_of(base), copy_of(base)
+    new["w"].bits[[5, 2500]] += 1
+    forged["w"].bits[[5, 1500, 2500]] += 1
+    monkeypatch.setattr(layout_module, "PART_BYTES", 6000)
+    (whole,) = layout_module.plan_parts(forms_of(base))
+    first, hole, last = whole.chunks
+    parts = [PartLayout(forms=whole.forms, chunks=chunks) for chunks in ((first, last), (hole,))]
+    monkeypatch.setattr(encode_module, "plan_parts", lambda forms: parts)
+    for target, accepted in ((new, True), (forged, False)):
+        update = encode_delta(base, target, run_id="", base_version=1, target_version=2, digests=digests_of(new))
+        found = decode(update, written(update.parts, tmp_path), base, copy_of(base), level=level)
+        assert (found is not None and same(found, new)) == accepted
+        assert accepted or found is None
 
 
 def test_a_base_with_one_wrong_bit_makes_nothing(versions: tuple[Policy, Policy], tmp_path: Path) -> None:
