@@ -135,7 +135,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 def check_session(plane: DataPlane, context: CallFacts, message: types_pb2.Session) -> tuple[Session, Sampler]:
     """The call's session, if the caller is who it says and no newer process took over.
 
-    Raises RefusedError, FencedError, SessionLostError, MismatchError.
+    Raises RefusedError, FencedError, SessionLostError.
     """
     session = from_session(message)
     require_peer_id(context, session.sampler_id)

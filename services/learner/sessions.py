@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.runtime.errors import FencedError, MismatchError, RefusedError, SessionLostError
+from services.runtime.errors import FencedError, RefusedError, SessionLostError
 from services.wire.types import Directive, EngineInfo, SamplerReport, SamplerState, Session
 
 _QUARANTINE_AFTER = 8
@@ -101,10 +101,10 @@ class Sessions:
         """The sampler of a current session, marked as seen now.
 
         Raises FencedError when a newer process registered this id, SessionLostError when the session is of an earlier
-        start of the learner (register again), MismatchError for another run, RefusedError for an evicted id.
+        start of the learner or of another run (register again), RefusedError for an evicted id.
         """
         if session.run_id != self.run_id:
-            raise MismatchError(f"this learner serves run {self.run_id!r}, not {session.run_id!r}")
+            raise SessionLostError(f"this learner serves run {self.run_id!r}, not {session.run_id!r}: register again")
         self._refuse_denied(session.sampler_id)
         sampler = self._samplers.get(session.sampler_id)
         if session.learner_epoch != self.learner_epoch or sampler is None:

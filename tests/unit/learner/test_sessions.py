@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from services.learner.sessions import Sessions
-from services.runtime.errors import FencedError, MismatchError, RefusedError, SessionLostError
+from services.runtime.errors import FencedError, RefusedError, SessionLostError
 from services.wire.types import Directive, SamplerReport, SamplerState, Session
 from tests.support.data_side import Clock
 
@@ -54,8 +54,8 @@ async def test_a_session_is_good_until_a_newer_one_of_the_same_sampler() -> None
         (Session(run_id="run", sampler_id="us-1", learner_epoch=3, session_epoch=1), SessionLostError),
         (Session(run_id="run", sampler_id="eu-1", learner_epoch=3, session_epoch=(1 << 64) - 1), SessionLostError),
         (Session(run_id="run", sampler_id="eu-1", learner_epoch=3, session_epoch=0), FencedError),
-        (Session(run_id="walk", sampler_id="eu-1", learner_epoch=3, session_epoch=1), MismatchError),
-        (Session(run_id="", sampler_id="", learner_epoch=0, session_epoch=0), MismatchError),
+        (Session(run_id="walk", sampler_id="eu-1", learner_epoch=3, session_epoch=1), SessionLostError),
+        (Session(run_id="", sampler_id="", learner_epoch=0, session_epoch=0), SessionLostError),
     ],
     ids=str,
 )
