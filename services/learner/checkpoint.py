@@ -1,12 +1,14 @@
 """The whole state of a learner, published by one rename.
 
-    checkpoints/step-00000040/   masters.safetensors · optimizer.safetensors · state.json (digests of the other two)
+    checkpoints/step-00000040/   masters.safetensors · optimizer.safetensors · state.json (digests of all three)
 
-No pickle. The newest folder that proves sound is restored; a damaged one is left aside with a line in the log.
+No pickle. The newest folder that proves sound is restored; a damaged one is left aside with a line in the log, until
+the run that went on from an older one has a checkpoint of its own.
 """
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -17,12 +19,12 @@ from typing import cast
 import torch
 from blake3 import blake3
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from services.learner.policy import Policy
+from services.learner.tensor_file import save_tensors
 from services.learner.trainer import Trainer
-from services.runtime.errors import CorruptObjectError
+from services.runtime.errors import ConfigError, CorruptObjectError
 from services.runtime.failpoints import hit
 from services.runtime.files import atomic_write, storage_errors, sync_directory
 from services.runtime.log import get_logger
@@ -30,6 +32,9 @@ from services.runtime.log import get_logger
 _FORMAT = 1
 _MASTERS, _OPTIMIZER, _STATE = "masters.safetensors", "optimizer.safetensors", "state.json"
 _RNG = "rng/cpu"
+_DIGEST = "digest"
+_DAMAGED = (CorruptObjectError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
 
 _log = get_logger("learner.checkpoint")
 
@@ -58,11 +63,13 @@ class Checkpoints:
                 shutil.rmtree(left_over, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, newest first, sound or not."""
-        return sorted((int(path.name[5:]) for path in self._directory.glob("step-*")), reverse=True)
+        """Steps with a checkpoint, newest first, sound or not. Copies under names of their own are somebody else's."""
+        found = [match for path in self._directory.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+        return sorted((int(match[1]) for match in found), reverse=True)
 
     def write(self, position: Position, policy: Policy, trainer: Trainer) -> Path:
-        """Makes the checkpoint durable, then removes those beyond `keep`. Raises StorageError."""
+        """Makes the checkpoint durable, then removes those beyond `keep`, and later ones: they were damaged, or the run
+        would have gone on from there, and it has taken those steps anew. Raises StorageError."""
         final = self._path(position.step)
         with storage_errors(f"write checkpoint {final}"):
             temporary = Path(tempfile.mkdtemp(dir=self._directory, prefix=f".{final.name}."))
@@ -77,42 +84,49 @@ class Checkpoints:
                 raise
         sync_directory(self._directory)
         hit("checkpoint.after_rename")
-        for step in self.steps()[self._keep :]:
+        steps = self.steps()
+        now = steps.index(position.step)
+        for step in (*steps[:now], *steps[now + self._keep :]):
             shutil.rmtree(self._path(step), ignore_errors=True)
         return final
 
     def restore(self, policy: Policy, trainer: Trainer) -> Position | None:
         """Loads the newest sound checkpoint into policy and trainer; None where there is none.
 
-        Raises CorruptObjectError when there are checkpoints and none is sound: starting anew would lose the run.
+        Raises CorruptObjectError when there are checkpoints and none is sound: starting anew would lose the run;
+        ConfigError for a sound one of another model.
         """
-        steps = self.steps()
+        steps, reason = self.steps(), ""
         for step in steps:
             path = self._path(step)
             try:
                 return self._load(path, policy, trainer)
-            except (CorruptObjectError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except ConfigError:
+                raise
+            except _DAMAGED as error:
                 _log.error("checkpoint_damaged", path=path, reason=error)
+                reason = reason or f"{error}"
         if steps:
             raise CorruptObjectError(
-                f"no checkpoint in {self._directory} is sound: restore one from a backup, or set another run.state_dir"
+                f"no checkpoint in {self._directory} is sound ({reason}): restore one from a backup, or set another "
+                "run.state_dir"
             )
         return None
 
     def _fill(self, folder: Path, position: Position, policy: Policy, trainer: Trainer) -> None:
         masters = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.parameters().items()}
-        save_file(masters, folder / _MASTERS)
+        save_tensors(masters, folder / _MASTERS)
         optimizer = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.state().items()}
-        save_file({**optimizer, _RNG: torch.get_rng_state()}, folder / _OPTIMIZER)
-        for name in (_MASTERS, _OPTIMIZER):
-            _sync_file(folder / name)
+        save_tensors({**optimizer, _RNG: torch.get_rng_state()}, folder / _OPTIMIZER)
         fields = {name: getattr(position, name) for name in Position.__dataclass_fields__}
         digests = {name: _digest(folder / name) for name in (_MASTERS, _OPTIMIZER)}
-        text = json.dumps({"format": _FORMAT, **fields, "digests": digests}, indent=1)
-        atomic_write(folder / _STATE, text.encode())
+        state = cast("dict[str, object]", json.loads(json.dumps({"format": _FORMAT, **fields, "digests": digests})))
+        atomic_write(folder / _STATE, json.dumps({**state, _DIGEST: _digest_of(state)}, indent=1).encode())
 
     def _load(self, path: Path, policy: Policy, trainer: Trainer) -> Position:
         fields = cast("dict[str, object]", json.loads((path / _STATE).read_bytes()))
+        if fields.pop(_DIGEST, None) not in (None, _digest_of(fields)):  # None: of a release that wrote none
+            raise CorruptObjectError(f"{path / _STATE} does not have its digest")
         if fields.pop("format") != _FORMAT:
             raise CorruptObjectError(f"{path} is of another release's format")
         for name, digest in cast("Mapping[str, str]", fields.pop("digests")).items():
@@ -121,9 +135,9 @@ class Checkpoints:
         position = Position(**fields)  # pyright: ignore[reportArgumentType] - checked by the digest-bearing writer
         masters = load_file(path / _MASTERS)
         parameters = policy.parameters()
-        if masters.keys() != parameters.keys():
-            raise CorruptObjectError(f"{path} is of another model")
-        optimizer: dict[str, Tensor] = load_file(path / _OPTIMIZER)
+        if {name: t.shape for name, t in masters.items()} != {name: p.shape for name, p in parameters.items()}:
+            raise ConfigError(f"{path} is of another model than policy.path: set that back, or another run.state_dir")
+        optimizer = load_file(path / _OPTIMIZER)
         torch.set_rng_state(optimizer.pop(_RNG))
         with torch.no_grad():
             for name, tensor in masters.items():
@@ -143,9 +157,6 @@ def _digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _digest_of(state: Mapping[str, object]) -> str:
+    """Of state.json's other keys, however they are laid out."""
+    return blake3(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from services.learner.policy import Policy
+from services.learner.tensor_file import save_tensors
 from services.runtime.files import storage_errors, sync_directory
 from services.wire.delta import Weights
 from services.wire.torch_bits import to_torch
@@ -71,12 +70,12 @@ def _write_weights(directory: Path, weights: Weights) -> None:
         shards[-1].append(name)
         room -= weights[name].nbytes
     if len(shards) == 1:
-        save_file(to_torch(weights), directory / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(to_torch(weights), directory / "model.safetensors", metadata={"format": "pt"})
         return
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(to_torch({name: weights[name] for name in names}), directory / file, metadata={"format": "pt"})
+        save_tensors(to_torch({name: weights[name] for name in names}), directory / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

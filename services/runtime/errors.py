@@ -10,7 +10,8 @@
     ├─ UnavailableError ......... 69   the peer does not answer: try again
     ├─ ObjectGoneError .......... 69   the object was collected: ask for a new plan
     ├─ EngineError .............. 70   the generation engine or a grader failed
-    ├─ StorageError ............. 74   disk full, or a read or write failed
+    ├─ StorageError ............. 74   a read or write failed
+    │  └─ DiskFullError ......... 74   the disk is full, or a quota used up: making room heals it
     ├─ ExhaustedError ........... 75   over a limit for now: try again later
     ├─ SessionLostError ......... 75   the learner restarted and knows no such session: register again
     ├─ RefusedError ............. 77   identity, role or certificate is refused: needs a person
@@ -69,6 +70,10 @@ class EngineError(HeteroRLError, RuntimeError):
 
 class StorageError(HeteroRLError, OSError):
     exit_code = 74
+
+
+class DiskFullError(StorageError):
+    pass
 
 
 class ExhaustedError(HeteroRLError, RuntimeError):

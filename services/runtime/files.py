@@ -8,21 +8,23 @@ import tempfile
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
-from services.runtime.errors import HeteroRLError, StorageError
+from services.runtime.errors import DiskFullError, HeteroRLError, StorageError
 
 LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
 def storage_errors(what: str) -> Generator[None]:
-    """Turns OSError inside into StorageError: "cannot WHAT: No space left on device: free disk space"."""
+    """Turns OSError inside into StorageError, or its DiskFullError: "cannot WHAT: No space left on device: free disk
+    space"."""
     try:
         yield
     except HeteroRLError:  # some are OSErrors too: a link that broke is no fault of the disk
         raise
     except OSError as error:
         advice = {errno.ENOSPC: ": free disk space", errno.EDQUOT: ": the quota is used up"}.get(error.errno or 0, "")
-        raise StorageError(f"cannot {what}: {error.strerror or error}{advice}") from error
+        kind = DiskFullError if advice else StorageError
+        raise kind(f"cannot {what}: {error.strerror or error}{advice}") from error
 
 
 def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:

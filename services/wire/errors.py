@@ -35,6 +35,7 @@ _TABLE: tuple[tuple[type[HeteroRLError], grpc.StatusCode, str], ...] = (
     (errors.UnavailableError, _Code.UNAVAILABLE, "UNAVAILABLE"),
     (errors.EngineError, _Code.INTERNAL, "ENGINE"),
     (errors.StorageError, _Code.RESOURCE_EXHAUSTED, "STORAGE"),
+    (errors.DiskFullError, _Code.RESOURCE_EXHAUSTED, "DISK_FULL"),
     (errors.ExhaustedError, _Code.RESOURCE_EXHAUSTED, "EXHAUSTED"),
     (errors.SessionLostError, _Code.ABORTED, "LEARNER_RESTARTED"),
     (errors.FencedError, _Code.ABORTED, "SESSION_FENCED"),

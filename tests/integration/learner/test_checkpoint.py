@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from services.learner import tensor_file
 from services.learner.checkpoint import Checkpoints, Position
 from services.learner.config import OptimizerSection, PolicySection
 from services.learner.losses.settings import LossSettings
 from services.learner.policy import Policy, load_policy
 from services.learner.trainer import Trainer, TrainerSettings
 from services.runtime import failpoints
-from services.runtime.errors import CorruptObjectError, StorageError
+from services.runtime.errors import CorruptObjectError, DiskFullError, StorageError
 from services.wire.delta import root_of
 from tests.support.train_groups import train_group
 
@@ -69,6 +71,55 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, policy
     (tmp_path / "step-00000002" / "state.json").write_text("{")
     with pytest.raises(CorruptObjectError, match="no checkpoint"):
         checkpoints.restore(policy, trainer)
+
+
+def test_a_new_checkpoint_outlives_the_damaged_ones_of_later_steps(tmp_path: Path, policy_dir: Path) -> None:
+    policy, trainer = fresh(policy_dir)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 8, 9):
+        Checkpoints(tmp_path, keep=3).write(at(step, policy, trainer), policy, trainer)
+    for step in (8, 9):
+        (tmp_path / f"step-{step:08d}" / "masters.safetensors").write_bytes(b"x")
+    assert (position := checkpoints.restore(policy, trainer)) is not None
+    assert position.step == 1
+    checkpoints.write(at(2, policy, trainer), policy, trainer)
+    assert checkpoints.steps() == [2, 1]
+
+
+@pytest.mark.parametrize(("old", "new"), [('"trainer_steps": 0', '"trainer_steps": 8'), ('"step": 3', '"step": 7')])
+def test_a_flipped_number_in_its_state_is_found(tmp_path: Path, policy_dir: Path, old: str, new: str) -> None:
+    policy, trainer = fresh(policy_dir)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = checkpoints.write(at(3, policy, trainer), policy, trainer) / "state.json"
+    text = state.read_text()
+    assert old in text
+    state.write_text(text.replace(old, new))
+    with pytest.raises(CorruptObjectError, match="does not have its digest"):
+        checkpoints.restore(policy, trainer)
+
+
+def test_a_copy_beside_a_checkpoint_is_left_alone(tmp_path: Path, policy_dir: Path) -> None:
+    policy, trainer = fresh(policy_dir)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    (tmp_path / "step-00000001.bak").mkdir()
+    for step in (1, 2):
+        checkpoints.write(at(step, policy, trainer), policy, trainer)
+    assert checkpoints.steps() == [2]
+    assert (tmp_path / "step-00000001.bak").is_dir()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, trainer = fresh(policy_dir)
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensor_file, "save_file", full)
+    with pytest.raises(DiskFullError, match="No space left on device: free disk space"):
+        Checkpoints(tmp_path, keep=2).write(at(1, policy, trainer), policy, trainer)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_was_cut_short_does_not_exist(tmp_path: Path, policy_dir: Path) -> None:

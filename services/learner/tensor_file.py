@@ -1,0 +1,31 @@
+"""Writing a safetensors file: what the disk says becomes an error of ours, which the library's own error is not."""
+
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from services.runtime.errors import StorageError
+from services.runtime.files import storage_errors
+
+_NO_SPACE = f"(os error {errno.ENOSPC})"
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes the file, durably. Raises DiskFullError, StorageError."""
+    with storage_errors(f"write {path}"):
+        try:
+            save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            if _NO_SPACE in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise StorageError(f"cannot write {path}: {error}") from error
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
