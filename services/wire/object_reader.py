@@ -26,7 +26,8 @@ _QUICK_SHARE = 0.1
 
 
 class ObjectReader:
-    """`stall_s`: nothing for this long ends a read. `wait_for_ready`: False fails at once where nobody listens."""
+    """`stall_s`: a read ends when it has waited so long for the next 8 KiB: a source that sends a byte now and then is
+    no better than one that sends none. `wait_for_ready`: False fails at once where nobody listens."""
 
     def __init__(
         self,
@@ -66,21 +67,26 @@ class ObjectReader:
         request = weights_pb2.FetchObjectRequest(object_id=object_id, offset=offset, length=length)
         call = self._stub.FetchObject(request, wait_for_ready=self._wait_for_ready)
         end = offset + length if length else None
+        waited_s, reached = 0.0, offset + _SMALLEST_PIECE_BYTES
         try:
             while end is None or offset < end:
-                async with asyncio.timeout(self._stall_s):
+                began = self._clock()
+                async with asyncio.timeout(self._stall_s - waited_s):
                     message = await call.read()
                 if not isinstance(message, weights_pb2.FetchObjectResponse):
                     return
                 _check(message, offset)
                 offset += len(message.data)
+                waited_s += self._clock() - began
+                if offset >= reached:
+                    waited_s, reached = 0.0, offset + _SMALLEST_PIECE_BYTES
                 yield message.data
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
         except TimeoutError:
             smaller = self._piece_bytes // 2 if self._piece_bytes else _FIRST_PIECE_BYTES
             self._piece_bytes = max(_SMALLEST_PIECE_BYTES, smaller)
-            raise UnavailableError(f"no weights came for {self._stall_s:.0f} s") from None
+            raise UnavailableError(f"next to no weights came for {self._stall_s:.0f} s") from None
         finally:
             call.cancel()
 

@@ -344,9 +344,9 @@ class Tampering(weights_pb2_grpc.WeightServiceServicer):
 
 
 @asynccontextmanager
-async def tampering(upstream: Address) -> AsyncGenerator[tuple[Address, Tampering]]:
+async def tampering(upstream: Address, kind: type[Tampering] = Tampering) -> AsyncGenerator[tuple[Address, Tampering]]:
     """A hostile relay, or a hostile learner without its key."""
-    service = Tampering(upstream)
+    service = kind(upstream)
     server = grpc.aio.server()
     weights_pb2_grpc.add_WeightServiceServicer_to_server(service, server)
     address = bind(server, ANY_PORT, None)

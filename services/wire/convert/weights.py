@@ -1,9 +1,12 @@
 """Manifests, announcements and plans."""
 
 from heterorl.v1 import weights_pb2
-from services.runtime.errors import BadInputError
+from services.runtime.errors import BadInputError, CorruptObjectError
 from services.wire import types as t
 from services.wire.convert.shared import enum_of, from_objects, parse, to_object
+
+_SLACK_BYTES = 64 << 20
+"""Tables and headers of small weights."""
 
 
 def encode_manifest(manifest: t.Manifest) -> bytes:
@@ -91,7 +94,15 @@ def to_plan(plan: t.Plan) -> weights_pb2.GetPlanResponse:
 
 
 def from_plan(message: weights_pb2.GetPlanResponse) -> t.Plan:
-    return t.Plan(target=from_signed(message.target), steps=tuple(_from_step(step) for step in message.steps))
+    """Raises CorruptObjectError too, for a plan of more bytes than any way to weights of that size: a keyframe is one,
+    and a claim of any size would fill the disk of whoever believes it."""
+    plan = t.Plan(target=from_signed(message.target), steps=tuple(_from_step(step) for step in message.steps))
+    if plan.total_bytes > 2 * plan.target.decoded.full_bytes + _SLACK_BYTES:
+        raise CorruptObjectError(
+            f"a plan of {plan.total_bytes} bytes leads to weights of {plan.target.decoded.full_bytes}: "
+            "a keyframe is fetched"
+        )
+    return plan
 
 
 def _to_step(step: t.PlanStep) -> weights_pb2.PlanStep:

@@ -126,6 +126,18 @@ async def test_a_part_on_disk_is_used_by_the_next_process(tmp_path: Path, signer
         assert follows.follower.version == 0
 
 
+async def test_a_wrong_part_on_disk_costs_that_object_alone(tmp_path: Path, signer: ManifestSigner) -> None:
+    server = ScriptedWeights(signer)
+    update = await server.publish(weights_of(3))
+    name = hashlib.sha256(update.parts[0]).hexdigest()
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / f"{name}.part").write_bytes(b"a relay's" * 100)
+    async with serving(weights=server) as served, following(served, signer, tmp_path / "objects") as follows:
+        assert server.offsets == [900, 0]
+        assert follows.tally.keyframes_refetched == 0
+        assert follows.follower.version == 0
+
+
 async def test_a_damaged_delta_is_discarded_and_a_keyframe_fetched(tmp_path: Path, signer: ManifestSigner) -> None:
     server = ScriptedWeights(signer)
     weights = weights_of(4)

@@ -1,9 +1,15 @@
-"""A link on which one chunk takes longer than the stall limit."""
+"""A link on which one chunk takes longer than the stall limit, and a relay that sends next to nothing."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
+
+from heterorl.v1 import weights_pb2
 from services.lab.wan import LinkProfile, WanLink
-from tests.support.weight_site import ANY_PORT, following, learner_site, tampering
+from services.wire.objects import chunk_of
+from tests.support.weight_site import ANY_PORT, Fetched, Tampering, following, learner_site, tampering
 from tests.unit.learner.weights_of_tests import make_weights
 
 CRAWLING = LinkProfile(rate_bit_s=1.5e6, queue_s=0.01)
@@ -26,3 +32,26 @@ async def test_an_object_arrives_in_pieces_when_a_chunk_takes_too_long(tmp_path:
         assert service.fetches[0].length == 0
         assert 0 < service.fetches[1].length <= 64 << 10
         assert service.fetches[-1].offset > 0, "what came is not asked for again"
+
+
+class Dripping(Tampering):
+    async def FetchObject(
+        self, request: weights_pb2.FetchObjectRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Fetched]:
+        async for one in super().FetchObject(request, context):
+            for place in range(len(one.data)):
+                drop = chunk_of(one.offset + place, one.data[place : place + 1])
+                yield Fetched(offset=drop.offset, data=drop.data, crc32c=drop.crc32c)
+                await asyncio.sleep(0.02)
+
+
+async def test_a_relay_that_sends_a_byte_now_and_then_is_left_for_the_learner(tmp_path: Path) -> None:
+    async with (
+        learner_site(tmp_path / "learner") as site,
+        tampering(site.address, Dripping) as (relay, _),
+    ):
+        await site.publisher.publish(0, make_weights(1))
+        async with following(tmp_path / "s", site.address, site.public_key, relay=relay, stall_s=0.5) as sampler:
+            assert sampler.follower.root == site.root
+            assert sampler.sources.fallbacks == 1
+            assert 1 < sampler.sources.received_bytes["relay"] < 100

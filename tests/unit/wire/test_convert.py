@@ -1,12 +1,13 @@
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from heterorl.v1 import control_pb2, rollouts_pb2, types_pb2, weights_pb2
-from services.runtime.errors import BadInputError
+from services.runtime.errors import BadInputError, CorruptObjectError
 from services.wire import convert
 from services.wire import types as t
 
@@ -98,8 +99,8 @@ def manifest(version: int) -> t.Manifest:
 
 @given(st.lists(object_refs, max_size=3), counts)
 def test_a_plan_survives_the_wire_and_knows_its_bytes(refs: list[t.ObjectRef], version: int):
-    data = convert.encode_manifest(manifest(version))
-    signed = t.SignedManifest(manifest=data, signature=b"s", decoded=manifest(version))
+    whole = replace(manifest(version), full_bytes=min(2**64 - 1, sum(ref.size_bytes for ref in refs)))
+    signed = t.SignedManifest(manifest=convert.encode_manifest(whole), signature=b"s", decoded=whole)
     step = t.PlanStep(
         kind=t.UpdateKind.DELTA, base_root="a", target_root="b", target_version=version, objects=tuple(refs)
     )
@@ -108,6 +109,16 @@ def test_a_plan_survives_the_wire_and_knows_its_bytes(refs: list[t.ObjectRef], v
         message = weights_pb2.GetPlanResponse.FromString(convert.to_plan(plan).SerializeToString())
         assert convert.from_plan(message) == plan
         assert message.total_bytes == plan.total_bytes
+
+
+@pytest.mark.parametrize("size_bytes", [65 << 20, 1 << 40, 2**64 - 1])
+def test_a_plan_of_more_bytes_than_its_weights_can_need_is_refused(size_bytes: int):
+    ref = types_pb2.ObjectRef(object_id="0" * 64, size_bytes=size_bytes)
+    step = weights_pb2.PlanStep(kind=weights_pb2.UPDATE_KIND_KEYFRAME, objects=[ref])
+    message = weights_pb2.GetPlanResponse(steps=[step])
+    message.target.manifest = convert.encode_manifest(manifest(1))
+    with pytest.raises(CorruptObjectError, match="keyframe"):
+        convert.from_plan(message)
 
 
 def test_a_report_survives_the_wire_with_and_without_its_optional_parts():
