@@ -99,7 +99,8 @@ class Pool:
     async def score_group(self, requests: Sequence[ScoreRequest], graders: Sequence[GraderSpec]) -> list[Score]:
         """One score for each request, in order. A hostile completion costs the others nothing but time.
 
-        Raises ScoreError (bad grader or reference answer) and EngineError (no worker can be started).
+        Raises ScoreError (bad grader or reference answer) and EngineError (no worker can be started, or none can import
+        what a grader calls).
         """
         built = build(graders, self._permissions)
         job = _Job(
@@ -161,6 +162,8 @@ class Pool:
         usable, done = False, 0
         try:
             await worker.send({"graders": job.graders, "items": [job.item(index) for index in chunk]})
+            if (fault := await worker.ready()) is not None:
+                return done, fault
             for index in chunk:
                 reply = await worker.reply(
                     wall_s=self._limits.wall_s + job.extra_s, cpu_s=self._limits.cpu_s + job.extra_s

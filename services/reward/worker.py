@@ -7,21 +7,22 @@ Its limits kill it from outside Python, because a big power or a regular express
     wall seconds per item  the pool's: SIGKILL through the nursery
 """
 
+import os
 import resource
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
 
 from services.reward import frames
-from services.reward.graders import Permissions, WeightedGrader, build
+from services.reward.graders import Permissions, WeightedGrader, build, load
 from services.reward.scorer import ScoreRequest
 from services.reward.spec import parse_graders_text
-from services.runtime.errors import ScoreError
+from services.runtime.errors import EngineError, ScoreError
 
 REASON_CHARS_MAX = 300
 # The kernel prefers to kill a grader when the machine runs out of memory, never the sampler beside it.
@@ -53,24 +54,47 @@ def serve(connection: socket.socket, limits: Limits, permissions: Permissions) -
         oom.write(OOM_SCORE_ADJUSTMENT)
 
     @lru_cache(maxsize=16)
-    def build_once(graders: str) -> tuple[WeightedGrader, ...]:
-        return build(parse_graders_text(graders), permissions)
+    def load_once(graders: str) -> tuple[WeightedGrader, ...]:
+        built = build(parse_graders_text(graders), permissions)
+        load(built)
+        return built
 
+    pid = os.getpid()
     while True:
         message = frames.receive(connection)
         if message is None:
             return 0
         job = cast("Mapping[str, object]", message)
-        graders = build_once(cast("str", job["graders"]))
+        graders, loaded = _loaded(load_once, cast("str", job["graders"]))
+        connection.sendall(frames.encode({**loaded, "cpu_s": time.process_time()}))
+        if graders is None:
+            return 3
         cpu_s = limits.cpu_s + sum(one.extra_s for one in graders)
         for item in cast("Sequence[Mapping[str, object]]", job["items"]):
             # The interval ends a process that outlives the first signal, which none should.
             signal.setitimer(signal.ITIMER_PROF, cpu_s, cpu_s)
             reply = _grade(graders, item)
+            if os.getpid() != pid:
+                os._exit(0)  # a child that a grader forked: it has this socket, and nothing to say on it
             signal.setitimer(signal.ITIMER_PROF, 0.0)
             connection.sendall(frames.encode({**reply, "cpu_s": time.process_time()}))
             if reply["kind"] in ("failed", "memory"):
                 return 3
+
+
+def _loaded(
+    load_once: Callable[[str], tuple[WeightedGrader, ...]], graders: str
+) -> tuple[tuple[WeightedGrader, ...] | None, dict[str, object]]:
+    """The graders, if their modules can be imported here, and what the pool is told."""
+    try:
+        return load_once(graders), {"kind": "ready"}
+    except EngineError as error:
+        reason = str(error)
+    except MemoryError:
+        reason = "a grader's module needs more memory than a worker may take (--memory-bytes)"
+    except Exception as error:  # the end of this process: whatever a module raises becomes data for the pool
+        reason = f"a grader's module raised {error!r:.200}"
+    return None, {"kind": "unloadable", "reason": reason}
 
 
 def _grade(graders: Sequence[WeightedGrader], item: Mapping[str, object]) -> dict[str, object]:

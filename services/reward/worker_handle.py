@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from services.runtime.errors import EngineError
 
 START_S = 60.0
 END_S = 10.0
+LOAD_S = 60.0
 # A worker killed by the clock was computing if it had used at least this share of its CPU seconds: ordinary answers
 # need less, and the rest of the wall time it may have waited for a core of a busy machine.
 CPU_SHARE_OF_ANSWER = 0.1
@@ -71,6 +73,21 @@ class WorkerHandle:
             self._writer.write(frames.encode(job))
             await self._writer.drain()
 
+    async def ready(self) -> Fault | None:
+        """Waits until it has loaded the job's graders; a fault if it died meanwhile, which another worker may not.
+
+        Raises EngineError if they cannot be loaded here: that is no completion's fault.
+        """
+        started = asyncio.get_running_loop().time()
+        reply = await self.reply(wall_s=LOAD_S, cpu_s=math.inf)
+        if isinstance(reply, Fault):
+            if asyncio.get_running_loop().time() - started < LOAD_S:
+                return reply
+            raise EngineError(f"the graders' modules are not imported within {LOAD_S:g} s")
+        if reply["kind"] == "unloadable":
+            raise EngineError(str(reply["reason"]))
+        return None
+
     async def reply(self, *, wall_s: float, cpu_s: float) -> dict[str, object] | Fault:
         """The reply to the job's next item, or whose fault it is that there is none. Waits at most `wall_s`."""
         try:
@@ -86,14 +103,16 @@ class WorkerHandle:
             return await self._died(cpu_s)
         except ValueError:
             return Fault(kind=FaultKind.GRADER, reason="the worker sent no score")
-        self.items += 1
         self._cpu_s = cast("float", message["cpu_s"])
         match message["kind"]:
             case "memory":
                 return Fault(kind=FaultKind.ANSWER, reason="over the limit of memory")
             case "failed":
                 return Fault(kind=FaultKind.GRADER, reason=str(message["reason"]))
+            case "ready" | "unloadable":
+                return message
             case _:
+                self.items += 1
                 return message
 
     def kill(self) -> None:
@@ -148,10 +167,13 @@ class Nursery:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         # The child finds the same modules as this process, a script's own folder included.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(one for one in sys.path if one)}
+        path = os.pathsep.join(one for one in sys.path if one)
+        # What an operator's grader prints is seen, although a worker's end flushes nothing.
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         process = await asyncio.create_subprocess_exec(
             *nursery.arguments(theirs, limits, permissions),
             stdin=asyncio.subprocess.DEVNULL,
+            stdout=sys.__stderr__,  # `reward score --json` writes to stdout
             pass_fds=[theirs.fileno()],
             env=environment,
         )

@@ -44,6 +44,16 @@ def build(specs: Sequence[GraderSpec], permissions: Permissions) -> tuple[Weight
     return tuple(_build(spec, permissions) for spec in specs)
 
 
+def load(graders: Sequence[WeightedGrader]) -> None:
+    """Imports what the graders call: for workers alone, and before any completion's time runs.
+
+    Raises EngineError, and whatever an operator's module raises.
+    """
+    for weighted in graders:
+        if isinstance(weighted.grader, PythonGrader):
+            weighted.grader.load()
+
+
 def check_gold(answer: str, specs: Sequence[GraderSpec], permissions: Permissions | None = None) -> str | None:
     """Why a reference answer cannot be graded, or None: for checking a data set before a run.
 

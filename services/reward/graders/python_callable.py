@@ -7,14 +7,14 @@ import importlib
 import math
 import re
 from collections.abc import Callable
-from typing import cast
+from typing import SupportsFloat, cast
 
 from pydantic import Field
 
 from services.reward.graders.base import Verdict
 from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
-from services.runtime.errors import ScoreError
+from services.runtime.errors import EngineError, ScoreError
 
 _PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -30,7 +30,11 @@ class PythonOptions(Section):
 
 
 class PythonGrader:
-    """An exception of the function is a failure of the grader, never a reward of 0."""
+    """An exception of the function is a failure of the grader, never a reward of 0.
+
+    The module is imported by `load`, which only workers call: nowhere else may an operator's code run, and the time and
+    memory that it takes are no completion's.
+    """
 
     def __init__(self, options: PythonOptions, allowed: tuple[str, ...]) -> None:
         if _PATH.fullmatch(options.callable) is None:
@@ -46,29 +50,41 @@ class PythonGrader:
     def check_answer(self, answer: str) -> str | None:
         return None
 
-    def grade(self, request: ScoreRequest) -> Verdict:
-        # Imported here and not before, so that only a worker runs the module's code.
-        self._function = self._function or self._import()
-        result = self._function(
-            prompt=request.prompt,
-            completion=request.completion,
-            answer=request.answer,
-            metadata=dict(request.metadata),
-            **self._options.arguments,
-        )
-        reward, reason = cast("tuple[object, object]", result) if isinstance(result, tuple) else (result, "")
-        if isinstance(reward, bool):
-            reward = float(reward)
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise TypeError(f"{self._options.callable} returned {reward!r:.60}, not a finite number")
-        return Verdict(reward=float(reward), extracted=None, reason=str(reason) or f"from {self._options.callable}")
-
-    def _import(self) -> Callable[..., object]:
+    def load(self) -> None:
+        """Imports the function, once. Raises EngineError: another host may have what this one has not."""
         module, _, name = self._options.callable.partition(":")
         try:
             function: object = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise ScoreError(f"The callable {self._options.callable} cannot be imported: {error}.") from error
+            raise EngineError(f"The callable {self._options.callable} cannot be imported: {error}.") from error
         if not callable(function):
-            raise ScoreError(f"{self._options.callable} is not a function.")
-        return function
+            raise EngineError(f"{self._options.callable} is not a function.")
+        self._function = function
+
+    def grade(self, request: ScoreRequest) -> Verdict:
+        assert self._function is not None, "load it first"
+        try:
+            result = self._function(
+                prompt=request.prompt,
+                completion=request.completion,
+                answer=request.answer,
+                metadata=dict(request.metadata),
+                **self._options.arguments,
+            )
+        except RecursionError as error:  # of a parser it is the text's fault, of a function nobody knows
+            raise RuntimeError(f"{self._options.callable} called itself too deeply") from error
+        reward, reason = self._pair(result)
+        return Verdict(reward=reward, extracted=None, reason=reason or f"from {self._options.callable}")
+
+    def _pair(self, result: object) -> tuple[float, str]:
+        value, reason = result, ""
+        if isinstance(result, tuple):
+            several = cast("tuple[object, ...]", result)
+            if len(several) != 2:
+                raise TypeError(f"{self._options.callable} returned {len(several)} values, not a number and a reason")
+            value, reason = several[0], str(several[1])
+        # Scalars of numpy and tensors of one number are numbers too; a text that looks like one is not.
+        reward = float(value) if isinstance(value, SupportsFloat) else math.nan
+        if not math.isfinite(reward):
+            raise TypeError(f"{self._options.callable} returned {value!r:.60}, not a finite number")
+        return reward, reason

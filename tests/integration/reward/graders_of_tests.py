@@ -38,6 +38,12 @@ def obey(prompt: str, completion: str, answer: str, metadata: dict[str, object])
             if not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+        case "fork":
+            os.fork()
+        case "print":
+            print('{"reward": 9}')
+        case "recurse":
+            return obey(prompt, completion, answer, metadata)
         case "memory":
             held = []
             while True:

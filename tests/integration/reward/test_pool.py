@@ -14,7 +14,7 @@ from services.reward.pool import Pool, PoolStats
 from services.reward.scorer import Score, ScoreRequest, Status
 from services.reward.spec import GraderSpec
 from services.reward.worker import Limits
-from services.runtime.errors import ScoreError
+from services.runtime.errors import EngineError, ScoreError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 HERE = "tests.integration.reward.graders_of_tests"
@@ -86,6 +86,7 @@ async def test_an_answer_that_exhausts_a_limit_has_reward_0_and_costs_the_others
         ("exit", "died with exit code 7"),
         ("raise", "RuntimeError('the grader is broken')"),
         ("wait", "hung for 1"),
+        ("recurse", "obey called itself too deeply"),
     ],
 )
 async def test_a_grader_that_fails_twice_is_an_infrastructure_failure_and_no_reward(
@@ -103,6 +104,25 @@ async def test_a_grader_that_fails_once_is_tried_again(pool: Pool, tmp_path: Pat
     (only,) = await score(pool, "", ["crash once"], OBEY, mark=str(tmp_path / "mark"))
     assert (only.status, only.reward) == (Status.OK, 1.0)
     assert pool.stats.restarts == 1
+
+
+async def test_a_child_that_a_grader_forked_gives_no_score_of_its_own(pool: Pool) -> None:
+    scores = await score(pool, "", ["fork", "fine", "raise", "fine"], OBEY)
+    assert [one.status for one in scores] == [Status.OK, Status.OK, Status.INFRASTRUCTURE_FAILURE, Status.OK]
+
+
+async def test_importing_a_graders_module_costs_no_completion_its_time(pool: Pool) -> None:
+    slow = f"{__package__}.slow_grader_of_tests"
+    async with Pool(workers=1, limits=Limits(cpu_s=0.3, wall_s=0.5), permissions=Permissions(python=(slow,))) as own:
+        graders = [GraderSpec(name="python", options={"callable": f"{slow}:score", "timeout_s": 0.001})]
+        assert [one.reward for one in await score(own, "", ["a", "b"], graders)] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("missing", [f"{HERE}:absent", f"{HERE}.absent:score"])
+async def test_a_callable_that_is_not_here_is_no_fault_of_a_prompt(pool: Pool, missing: str) -> None:
+    with pytest.raises(EngineError, match="cannot be imported"):
+        await score(pool, "", ["fine"], [GraderSpec(name="python", options={"callable": missing})])
+    assert [one.reward for one in await score(pool, "7", ["7"] * 4)] == [1.0] * 4
 
 
 async def test_an_unusable_reference_answer_raises_and_leaves_the_pool_usable(pool: Pool) -> None:

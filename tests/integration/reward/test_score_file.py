@@ -42,6 +42,16 @@ def test_graders_may_be_given_as_json_and_the_output_may_be_a_table(tmp_path: Pa
     assert ended.stdout.startswith("   1.500  7")
 
 
+def test_what_a_grader_prints_is_no_line_of_the_output(tmp_path: Path) -> None:
+    file = tmp_path / "cases.jsonl"
+    file.write_text('{"completion": "print", "answer": ""}')
+    module = f"{__package__}.graders_of_tests"
+    graders = json.dumps({"name": "python", "options": {"callable": f"{module}:obey"}})
+    ended = reward("score", "--cases", str(file), "--json", "--graders", graders, "--allow-python", module)
+    assert [json.loads(line)["reward"] for line in ended.stdout.splitlines()] == [1.0]
+    assert ended.stderr == '{"reward": 9}\n'
+
+
 @pytest.mark.parametrize(
     ("text", "code", "sentence"),
     [

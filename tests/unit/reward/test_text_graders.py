@@ -1,12 +1,14 @@
 """The graders `exact`, `regex`, `format` and `python`."""
 
+import numpy as np
 import pytest
 
 from services.reward.graders import Permissions, build
 from services.reward.graders.base import Verdict
+from services.reward.graders.python_callable import PythonGrader, PythonOptions
 from services.reward.scorer import ScoreRequest
 from services.reward.spec import GraderSpec
-from services.runtime.errors import ScoreError
+from services.runtime.errors import EngineError
 
 
 def grade(
@@ -79,16 +81,40 @@ def half(
     return 0.5 * len(completion) + bonus, "half a point per character"
 
 
-def broken(**_: object) -> float:
-    return float("nan")
+def returns(value: object, **_: object) -> object:
+    return {"float32": np.float32(0.5), "bool": np.True_}.get(str(value), value)
 
 
-def test_python_calls_a_function_by_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
-    permissions = Permissions(python=(__name__,))
-    assert grade("python", "7", "abc", permissions, callable=f"{__name__}:half", arguments={"bonus": 2.0}) == Verdict(
-        reward=3.5, extracted=None, reason="half a point per character"
-    )
-    with pytest.raises(TypeError, match="not a finite number"):
-        grade("python", "7", "abc", permissions, callable=f"{__name__}:broken")
-    with pytest.raises(ScoreError, match="cannot be imported"):
-        grade("python", "7", "abc", permissions, callable=f"{__name__}:absent")
+def called(name: str, **arguments: object) -> Verdict:
+    grader = PythonGrader(PythonOptions(callable=f"{__name__}:{name}", arguments=arguments), (__name__,))
+    grader.load()
+    return grader.grade(ScoreRequest(prompt="the prompt", answer="7", completion="abc"))
+
+
+def test_python_calls_a_function_by_keywords() -> None:
+    assert called("half", bonus=2.0) == Verdict(reward=3.5, extracted=None, reason="half a point per character")
+
+
+@pytest.mark.parametrize(("value", "reward"), [(True, 1.0), (3, 3.0), ("float32", 0.5), ("bool", 1.0)])
+def test_python_takes_every_kind_of_number(value: object, reward: float) -> None:
+    assert called("returns", value=value).reward == reward
+
+
+@pytest.mark.parametrize("value", [None, "1.0", [1.0], float("nan"), float("-inf")])
+def test_python_refuses_what_is_no_finite_number(value: object) -> None:
+    with pytest.raises(TypeError, match=r"returned .*, not a finite number"):
+        called("returns", value=value)
+
+
+def test_python_says_how_many_values_there_were_instead_of_two() -> None:
+    with pytest.raises(TypeError, match="returned 3 values"):
+        called("three")
+
+
+def three(**_: object) -> tuple[float, str, str]:
+    return 1.0, "good", "better"
+
+
+def test_python_names_a_callable_that_is_not_there() -> None:
+    with pytest.raises(EngineError, match="cannot be imported"):
+        called("absent")
