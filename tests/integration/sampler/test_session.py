@@ -10,7 +10,14 @@ import pytest
 from heterorl.v1 import control_pb2
 from heterorl.v1.control_pb2_grpc import ControlServiceStub
 from services.runtime.address import Address
-from services.runtime.errors import FencedError, SessionLostError, UnavailableError
+from services.runtime.errors import (
+    DiskFullError,
+    FencedError,
+    HeteroRLError,
+    SessionLostError,
+    StorageError,
+    UnavailableError,
+)
 from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.wire.channel import open_channel
@@ -49,6 +56,16 @@ async def test_a_lost_session_is_renewed_once_however_many_calls_find_out(spool:
         assert served.control.registrations == 2
         await session.call(send)
         assert session.session.session_epoch == 2
+
+
+@pytest.mark.parametrize("fault", [DiskFullError("disk full"), StorageError("EIO"), HeteroRLError("internal error 1")])
+async def test_a_fault_of_the_learner_is_waited_out_like_its_absence(spool: Spool, fault: HeteroRLError) -> None:
+    async with serving() as served:
+        session = await registered(served, spool)
+        served.control.heartbeat_errors = [fault]
+        with pytest.raises(UnavailableError, match="the learner has a fault"):
+            await session.call(heartbeat(served.channel))
+        await session.call(heartbeat(served.channel))
 
 
 async def test_a_fenced_session_is_not_renewed(spool: Spool) -> None:
