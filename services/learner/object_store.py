@@ -2,13 +2,15 @@
 
     objects/ab/ab12…  ◄─ put ── publisher, plans          open ──► weight service (verified, held against collection)
 
-All methods block and may be called from any thread.
+All methods but `reading` block and may be called from any thread.
 """
 
+import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,10 +95,28 @@ class ObjectStore:
             raise
         return OpenObject(object_id=object_id, size_bytes=size, descriptor=descriptor)
 
+    @asynccontextmanager
+    async def reading(self, object_id: str) -> AsyncGenerator[OpenObject]:
+        """As `open`, in a thread, until the block ends. *On cancel* while it is opened it is closed right after."""
+        opening = asyncio.create_task(asyncio.to_thread(self.open, object_id))
+        try:
+            opened = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._close_unwanted)
+            raise
+        try:
+            yield opened
+        finally:
+            self.close(opened)
+
     def close(self, opened: OpenObject) -> None:
         os.close(opened.descriptor)
         self._touch(opened.object_id)
         self._release(opened.object_id)
+
+    def _close_unwanted(self, opening: asyncio.Task[OpenObject]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.close(opening.result())
 
     def collect(self, keep: Iterable[str]) -> int:
         """Removes what is not in `keep`, not open, and not used for GRACE_S. Returns the bytes freed."""

@@ -83,8 +83,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
     ) -> None:
         """*Consumes* nothing; *waits for* the disk, the receiver's flow control and its byte budget; *produces* chunks
         from the offset on; *on cancel* the object is released."""
-        opened = await asyncio.to_thread(self._store.open, request.object_id)
-        try:
+        async with self._store.reading(request.object_id) as opened:
             if request.offset > opened.size_bytes:
                 await context.abort(
                     grpc.StatusCode.OUT_OF_RANGE,
@@ -94,8 +93,6 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
             if request.length:
                 end = min(end, request.offset + request.length)
             await self._send(opened, request.offset, end, context)
-        finally:
-            self._store.close(opened)
 
     async def _send(self, opened: OpenObject, offset: int, end: int, context: _Fetch) -> None:
         name = peer_identity(context).id

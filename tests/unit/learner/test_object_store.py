@@ -1,0 +1,62 @@
+"""Objects of the learner: who reads one holds it, and leaves nothing open."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from services.learner.object_store import GRACE_S, ObjectStore, OpenObject
+from services.runtime.errors import ObjectGoneError
+
+
+class SlowlyOpened(ObjectStore):
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, clock=lambda: self.now_s)
+        self.now_s = 0.0
+        self.opening, self.go_on = threading.Event(), threading.Event()
+        self.closed = asyncio.Event()
+
+    def open(self, object_id: str) -> OpenObject:
+        self.opening.set()
+        assert self.go_on.wait(10)
+        return super().open(object_id)
+
+    def close(self, opened: OpenObject) -> None:
+        super().close(opened)
+        self.closed.set()
+
+
+async def read_on(store: ObjectStore, object_id: str) -> None:
+    async with store.reading(object_id):
+        await asyncio.Event().wait()
+
+
+async def cancelled_while_it_is_opened(store: SlowlyOpened, object_id: str) -> None:
+    reader = asyncio.create_task(read_on(store, object_id))
+    await asyncio.to_thread(store.opening.wait, 10)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    store.go_on.set()
+
+
+async def test_a_reader_that_leaves_while_its_object_is_opened_leaves_nothing_open(tmp_path: Path) -> None:
+    store = SlowlyOpened(tmp_path)
+    ref = store.put(b"weights")
+    await cancelled_while_it_is_opened(store, ref.object_id)
+    async with asyncio.timeout(10):
+        await store.closed.wait()
+    store.now_s = 2 * GRACE_S
+    assert store.collect(()) == ref.size_bytes, "nobody holds it"
+
+
+async def test_an_object_that_is_gone_when_its_reader_has_left_is_nobodys_error(tmp_path: Path) -> None:
+    store = SlowlyOpened(tmp_path)
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    await cancelled_while_it_is_opened(store, "0" * 64)
+    with pytest.raises(ObjectGoneError):
+        async with store.reading("0" * 64):
+            pass
+    assert complaints == []
