@@ -115,8 +115,13 @@ async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, stat
     store = ObjectStore(state_dir / "objects")
     files = await asyncio.to_thread(store_model_files, policy, store)
     signer = ManifestSigner.load_or_create(state_dir / "manifest-key.pem") if config.publish.sign else None
-    plane = await DataPlane.open(state_dir, DataSettings.of(config, policy.vocab_size), inputs.train)
     versions = VersionFiles(state_dir / "versions")
+    plane = await DataPlane.open(
+        state_dir,
+        DataSettings.of(config, policy.vocab_size),
+        inputs.train,
+        known_epoch=max((row.manifest.decoded.learner_epoch for row in versions.rows.values()), default=0),
+    )
     publisher = Publisher(
         store=store,
         versions=versions,

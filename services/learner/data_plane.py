@@ -18,11 +18,12 @@ from services.learner.data_settings import DataSettings
 from services.learner.dataset import Dataset, PromptOrder
 from services.learner.evaluation import EvalRound, Evaluation
 from services.learner.intake import Accepted, Intake
-from services.learner.journal import Journal
+from services.learner.journal import DAMAGED, OLDER_JOURNAL, Journal
+from services.learner.journal_rows import PendingRow
 from services.learner.journal_schema import Recovered
 from services.learner.leases import LeaseTable, Surroundings
 from services.learner.pacing import Pacing
-from services.learner.published import PublishedVersions
+from services.learner.published import Origin, PublishedVersions
 from services.learner.sessions import Sessions
 from services.learner.tally import Tally
 from services.learner.work import Work
@@ -116,12 +117,13 @@ class DataPlane:
         train: Dataset,
         clock: Callable[[], float] = time.monotonic,
         unix_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        known_epoch: int = 0,
     ) -> "DataPlane":
-        """Opens the journal and raises the learner's epoch. The caller holds the lock of state_dir.
+        """Opens the journal and raises the learner's epoch, above `known_epoch`. The caller holds state_dir's lock.
 
         Raises ConfigError for a journal of another run, StorageError.
         """
-        journal, recovered = await Journal.open(state_dir / JOURNAL_FILE, settings.run_id)
+        journal, recovered = await Journal.open(state_dir / JOURNAL_FILE, settings.run_id, known_epoch)
         return cls(settings=settings, train=train, journal=journal, recovered=recovered, clock=clock, unix_ms=unix_ms)
 
     async def close(self) -> None:
@@ -132,7 +134,15 @@ class DataPlane:
 
     async def run(self) -> None:
         """For ever; a task of the process. Raises StorageError when the journal is not to be trusted any more."""
-        await self.intake.run()
+        ends = [asyncio.ensure_future(work) for work in (self.intake.run(), self._journal.fail())]
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in done:
+                end.result()
+        finally:
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
 
     async def flush(self) -> None:
         """Waits until every group submitted until now is durable."""
@@ -171,18 +181,20 @@ class DataPlane:
         """Takes the journal to the checkpoint's step (None: to before the first step) and refills the buffer.
 
         Call it once, before `run`. Groups that were trained after that step are trained again; those of versions that
-        the restored learner has not made are dropped as FUTURE_VERSION. Raises ConfigError when the data set is
-        another one than the checkpoint's.
+        the restored learner has not made are dropped as FUTURE_VERSION, and all that wait are where the journal is the
+        older one of the two. Raises ConfigError when the data set is another one than the checkpoint's.
         """
+        root = None if state is None else str(state["root"])
         state = state or {"step": 0, "version": 0, "dataset_sha256": self._train.sha256}
         if state["dataset_sha256"] != self._train.sha256:
             raise ConfigError(f"data set {self._train.path} has changed since the checkpoint: start a new run for it")
         self._step, version = int(state["step"]), int(state["version"])
+        older = root is not None and self.versions.origin(version, root) is not Origin.PUBLISHED
         await self._journal.rewind_to(self._step, version)
         self.versions.roll_back(version)
+        rows = await self._sound_pending(older)
         floor, following = self._recovered.leases_floor, self._recovered.leases_next
         self.leases.restore(following, floor, await self._journal.answered(floor))
-        rows = await self._journal.pending()
         self.buffer.add(
             PendingGroup(
                 id=row.id,
@@ -195,6 +207,18 @@ class DataPlane:
             for row in rows
         )
         _log.info("journal_restored", step=self._step, version=version, groups=len(rows), leases=following - floor)
+
+    async def _sound_pending(self, older: bool) -> list[PendingRow]:
+        """The groups that wait, without those that may not be trained: these are dropped. A checkpoint is written after
+        its version is in the journal, so an `older` journal is a copy that was put beside a newer checkpoint."""
+        rows = await self._journal.pending()
+        unfit = [(row.id, OLDER_JOURNAL if older else DAMAGED) for row in rows if older or not row.sound]
+        if older:
+            _log.error("journal_older_than_checkpoint", groups_dropped=len(unfit))
+        elif unfit:
+            _log.error("journal_payloads_damaged", groups_dropped=len(unfit))
+        await self._journal.mark_dropped(unfit, self._step)
+        return [row for row in rows if row.sound and not older]
 
     async def advance(self, version: int, root: str) -> None:
         """`version` is published and durable: groups of it are welcome, and there is room for new leases.

@@ -213,7 +213,7 @@ class Intake:
             self._leases.refuse(lease_id, sampler_id)
         for row in draft.groups:
             if (sampler := self._sessions.find(row.sampler_id)) is not None:
-                _note(sampler, row)
+                self._note(sampler, row)
 
     def _decide(
         self,
@@ -321,11 +321,12 @@ class Intake:
         write = _log.error if reason in _ALARMING else _log.warning
         write("group_invalid", sampler_id=arrival.sampler_id, seq=arrival.envelope.seq, reason=reason)
 
-
-def _note(sampler: Sampler, row: GroupRow) -> None:
-    if row.verdict is VerdictCode.ACCEPTED:
-        sampler.groups_accepted += 1
-        sampler.tokens_accepted += row.tokens
-        sampler.invalid_streak = 0
-    elif row.verdict is VerdictCode.INVALID:
-        sampler.invalid_streak += 1
+    def _note(self, sampler: Sampler, row: GroupRow) -> None:
+        if row.verdict is VerdictCode.ACCEPTED:
+            sampler.groups_accepted += 1
+            sampler.tokens_accepted += row.tokens
+            sampler.invalid_streak = 0
+        elif row.verdict is VerdictCode.INVALID:
+            name = LeaseName.parse(row.lease_id)
+            # A learner that was restored from a backup may not know what it said before: no sampler's fault.
+            sampler.invalid_streak += name is None or name.learner_epoch >= self._sessions.learner_epoch

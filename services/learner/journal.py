@@ -7,18 +7,19 @@ A group's life:  commit (with its verdict) ──► mark_trained | mark_dropped
 """
 
 import asyncio
+import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from services.learner import journal_rows as rows
 from services.learner import journal_schema as schema
 from services.learner.journal_rows import First, GroupRow, PendingRow, RepeatRow, drop_reason
 from services.learner.journal_schema import Recovered
 from services.learner.tally import Tally
-from services.runtime.errors import HeteroRLError, StorageError
+from services.runtime.errors import DiskFullError, HeteroRLError, StorageError
 from services.runtime.failpoints import hit
 from services.wire.types import VerdictCode
 
@@ -26,6 +27,10 @@ _T = TypeVar("_T")
 
 FUTURE_VERSION = "FUTURE_VERSION"
 """Why groups of versions that a restored learner has not made yet leave the buffer."""
+DAMAGED = "DAMAGED"
+"""Why groups do that whose bytes changed on the disk."""
+OLDER_JOURNAL = "OLDER_JOURNAL"
+"""Why groups do that which wait in a journal older than the checkpoint: that one may have been trained on them."""
 
 
 class Journal:
@@ -37,11 +42,12 @@ class Journal:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._connection: sqlite3.Connection | None = None
         self._broken: StorageError | None = None
+        self._failed = asyncio.Event()
         self._epoch = 0
 
     @classmethod
-    async def open(cls, path: Path, run_id: str) -> tuple["Journal", Recovered]:
-        """Opens or makes the file and raises the learner's epoch.
+    async def open(cls, path: Path, run_id: str, known_epoch: int = 0) -> tuple["Journal", Recovered]:
+        """Opens or makes the file and raises the learner's epoch, above `known_epoch`.
 
         Raises ConfigError for a journal of another run or format, StorageError when the disk fails.
         """
@@ -50,7 +56,7 @@ class Journal:
 
         def start() -> Recovered:
             journal._connection = schema.connect(path, run_id)
-            return journal._transact(schema.recover)
+            return journal._transact(lambda connection: schema.recover(connection, known_epoch))
 
         try:
             recovered = await loop.run_in_executor(journal._thread, start)
@@ -74,6 +80,11 @@ class Journal:
     def broken(self) -> StorageError | None:
         """The fault after which nothing may be trusted to this process any more."""
         return self._broken
+
+    async def fail(self) -> NoReturn:
+        """*Waits for* that fault and raises it: whoever meets it first may be a call that nobody would hear of."""
+        await self._failed.wait()
+        raise self._broken or StorageError(f"journal {self.path} failed")
 
     async def find(self, keys: Sequence[tuple[str, str, int, str]]) -> list[tuple[First | None, First | None]]:
         """For each (sampler, spool, seq, group id): what came before under that seq, and under that id."""
@@ -105,6 +116,7 @@ class Journal:
             hit("journal.after_commit")
         except StorageError as error:  # durable, and yet nobody knows: only a restart finds these groups again
             self._broken = error
+            self._failed.set()
             raise
         self._count_commit(groups, repeats, resent)
         return ids
@@ -171,12 +183,19 @@ class Journal:
         """Accepted groups that are neither trained nor dropped, in order of arrival."""
         found = await self._run(
             lambda connection: connection.execute(
-                "SELECT id, sampler_id, lease_number, policy_version, payload FROM groups WHERE verdict = 1 "
-                "AND purpose = 1 AND trained_step IS NULL AND dropped_reason IS NULL ORDER BY id"
+                "SELECT id, sampler_id, lease_number, policy_version, payload, content_sha256 FROM groups "
+                "WHERE verdict = 1 AND purpose = 1 AND trained_step IS NULL AND dropped_reason IS NULL ORDER BY id"
             ).fetchall()
         )
         return [
-            PendingRow(id=row[0], sampler_id=row[1], lease_number=row[2], policy_version=row[3], payload=row[4])
+            PendingRow(
+                id=row[0],
+                sampler_id=row[1],
+                lease_number=row[2],
+                policy_version=row[3],
+                payload=row[4],
+                sound=hashlib.sha256(row[4]).digest() == row[5],
+            )
             for row in found
         ]
 
@@ -247,7 +266,11 @@ class Journal:
                 self.tally.duplicates += 1
 
     async def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
+        finally:
+            if self._broken is not None:
+                self._failed.set()
 
     def _transact(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """One transaction, in the journal's thread. Raises StorageError, with nothing written."""
@@ -264,8 +287,8 @@ class Journal:
                     connection.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            fault = StorageError(f"journal {self.path} cannot be written ({error}): free space or replace the disk")
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_FULL:
+            fault = schema.fault_of(self.path, error)
+            if not isinstance(fault, DiskFullError):
                 # After a failed fsync the kernel may report the next one as good though pages were lost.
                 self._broken = fault
             raise fault from error

@@ -67,6 +67,8 @@ class PendingRow:
     lease_number: int
     policy_version: int
     payload: bytes
+    sound: bool
+    """Whether the payload still has its digest."""
 
 
 def drop_reason(verdict: VerdictCode, reason: str) -> str:

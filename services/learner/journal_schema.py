@@ -8,7 +8,7 @@ from typing import TypeVar
 from services.learner.journal_rows import PURPOSE_EVAL, drop_reason
 from services.learner.published import VersionRow
 from services.learner.tally import Tally
-from services.runtime.errors import ConfigError, StorageError
+from services.runtime.errors import ConfigError, DiskFullError, StorageError
 from services.wire.types import VerdictCode
 
 _ValueT = TypeVar("_ValueT", int, str)
@@ -80,7 +80,7 @@ def connect(path: Path, run_id: str) -> sqlite3.Connection:
             connection.executemany("INSERT INTO meta VALUES (?, ?)", values)
             connection.execute("COMMIT")
     except (sqlite3.Error, OSError) as error:
-        raise StorageError(f"journal {path} cannot be opened ({error}): check the disk, or restore a backup") from error
+        raise fault_of(path, error) from error
     if (owner := get_meta(connection, "run_id", "")) != run_id:
         connection.close()
         raise ConfigError(f"journal {path} belongs to run {owner!r}, not {run_id!r}: set another run.state_dir")
@@ -88,6 +88,20 @@ def connect(path: Path, run_id: str) -> sqlite3.Connection:
         connection.close()
         raise ConfigError(f"journal {path} has format {schema}, this release reads {SCHEMA_VERSION}")
     return connection
+
+
+def fault_of(path: Path, error: sqlite3.Error | OSError) -> StorageError:
+    """What SQLite or the system says of the file, and what to do about it."""
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_FULL:
+            return DiskFullError(f"journal {path} cannot be written ({error}): free disk space")
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            return StorageError(
+                f"journal {path} is damaged ({error}): restore run.state_dir from a backup, or move this file away to "
+                "go on from the newest checkpoint without the groups that wait in it"
+            )
+        case _:
+            return StorageError(f"journal {path} fails ({error}): check its disk and who may write there")
 
 
 def get_meta(connection: sqlite3.Connection, key: str, default: _ValueT) -> _ValueT:
@@ -126,9 +140,10 @@ def read_tally(connection: sqlite3.Connection) -> Tally:
     return tally
 
 
-def recover(connection: sqlite3.Connection) -> Recovered:
-    """Raises the learner's epoch, durably, and reads what a start needs."""
-    epoch = get_meta(connection, "learner_epoch", 0) + 1
+def recover(connection: sqlite3.Connection, known_epoch: int) -> Recovered:
+    """Raises the learner's epoch, durably, and reads what a start needs. `known_epoch` is known from elsewhere: the
+    journal may be a new one, or an older copy."""
+    epoch = max(get_meta(connection, "learner_epoch", 0), known_epoch) + 1
     put_meta(connection, "learner_epoch", epoch)
     versions = connection.execute("SELECT version, root, retired FROM versions ORDER BY version DESC LIMIT 16384")
     return Recovered(

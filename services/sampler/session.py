@@ -42,8 +42,8 @@ _T = TypeVar("_T")
 
 
 def learner_error(rpc_error: grpc.aio.AioRpcError) -> HeteroRLError:
-    """What a failed call means here. A learner whose disk is full, or that has a fault of its own, is away like one that
-    restarts: its faults end no sampler."""
+    """What a failed call means here. A learner whose disk is full, or that has a fault of its own, is away like one
+    that restarts: its faults end no sampler."""
     error = from_rpc_error(rpc_error)
     if type(error) is HeteroRLError or isinstance(error, StorageError):
         return UnavailableError(f"the learner has a fault: {error}")

@@ -75,7 +75,7 @@ async def test_a_journal_of_another_run_or_format_or_no_journal_at_all_is_refuse
     with pytest.raises(ConfigError, match="format 99"):
         await opened(tmp_path)
     (tmp_path / "text").write_text("this is not a database " * 100)
-    with pytest.raises(StorageError, match="cannot be opened"):
+    with pytest.raises(StorageError, match="is damaged"):
         await Journal.open(tmp_path / "text", RUN)
 
 

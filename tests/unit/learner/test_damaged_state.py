@@ -1,0 +1,95 @@
+"""A journal that was damaged, lost, or put back from an older copy: what it says is never trained on by mistake."""
+
+import asyncio
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.learner.admission import Standing
+from services.learner.data_plane import JOURNAL_FILE, DataPlane
+from services.runtime.errors import StorageError
+from services.wire.types import Verdict, VerdictCode
+from tests.support.data_side import Clock, dataset, envelope, group_for, open_plane, root, settings
+from tests.support.running_plane import Running
+
+
+async def plane_again(folder: Path, state: dict[str, int | str] | None = None, known_epoch: int = 0) -> DataPlane:
+    plane = await DataPlane.open(folder, settings(), dataset(folder), Clock(), known_epoch=known_epoch)
+    await plane.restore(state)
+    return plane
+
+
+async def test_a_group_whose_bytes_changed_on_the_disk_is_dropped_and_its_prompt_granted_again(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        leases = await run.lease(3)
+        await run.answer(*leases)
+    with sqlite3.connect(tmp_path / JOURNAL_FILE) as raw:
+        (payload,) = raw.execute("SELECT payload FROM groups WHERE id = 2").fetchone()
+        changed = bytes((*payload[:-9], payload[-9] ^ 1, *payload[-8:]))
+        raw.execute("UPDATE groups SET payload = ? WHERE id = 2", (changed,))
+    raw.close()
+    async with Running(await plane_again(tmp_path)) as run:
+        assert run.plane.tally.dropped == {"DAMAGED": 1}
+        await run.plane.advance(0, root(0))
+        assert (await run.plane.take_batch(2, 0)).ids == (1, 3)
+        assert run.plane.leases.facts(leases[1].lease_id, "eu-1").standing is Standing.OPEN
+
+
+async def test_groups_of_a_journal_older_than_the_checkpoint_are_not_trained_a_second_time(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        await run.answer(*await run.lease(2))
+        state = {**run.plane.state(1), "version": 1, "root": root(1)}  # of a step that this copy of the journal misses
+    async with Running(await plane_again(tmp_path, state)) as run:
+        assert (run.plane.tally.dropped, len(run.plane.buffer)) == ({"OLDER_JOURNAL": 2}, 0)
+        await run.plane.advance(1, root(1))
+        run.seq = 2
+        await run.answer(*await run.lease(1, version=1), version=1)
+
+
+async def test_a_new_journal_beside_old_versions_does_not_count_epochs_anew(tmp_path: Path) -> None:
+    plane = await plane_again(tmp_path, known_epoch=7)
+    assert plane.learner_epoch == 8
+    await plane.close()
+
+
+async def test_a_journal_that_fails_in_any_call_ends_the_process(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        with sqlite3.connect(tmp_path / JOURNAL_FILE) as raw:
+            raw.execute("DROP TABLE sessions")
+        raw.close()
+        with pytest.raises(StorageError, match="no such table"):
+            await run.plane.sessions.register("eu-2")
+        async with asyncio.timeout(5):
+            with pytest.raises(StorageError):
+                await run.task
+
+
+async def test_no_group_id_can_collide_with_the_journals_own(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        lease = (await run.lease(1))[0]
+        verdicts = [
+            await run.submit(envelope(1, group_for(lease), "!spool:2")),
+            await run.submit(envelope(2, group_for(lease), "\x01")),
+            await run.submit(envelope(3, group_for(lease), "good")),
+        ]
+        assert [verdict.reason for verdict in verdicts if isinstance(verdict, Verdict)] == ["BAD_GROUP_ID"] * 2 + [""]
+
+
+async def test_what_a_restored_learner_forgot_puts_no_sampler_into_quarantine(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        unknown = group_for((await run.lease(1))[0])
+    async with Running(await plane_again(tmp_path, known_epoch=4)) as run:
+        await run.plane.advance(0, root(0))
+        for seq in range(1, 10):
+            old = envelope(seq, replace(unknown, lease_id=f"3-t{100 + seq}-1"))
+            verdict = await run.submit(old)
+            assert isinstance(verdict, Verdict)
+            assert (verdict.code, verdict.reason) == (VerdictCode.INVALID, "NEVER_LEASED")
+        run.seq = 9
+        await run.answer(*await run.lease(1))
