@@ -59,7 +59,7 @@ class ObjectStore:
         ref = object_ref_of(data)
         path = self.path_of(ref.object_id)
         self._touch(ref.object_id)
-        if not self.is_sound(ref.object_id):
+        if not self.is_sound(ref):
             if not path.parent.is_dir():
                 with storage_errors(f"make folder {path.parent}"):
                     path.parent.mkdir(exist_ok=True)
@@ -69,13 +69,13 @@ class ObjectStore:
                 self._verified[ref.object_id] = _state(path.stat())  # hashed above: not again for the first reader
         return ref
 
-    def is_sound(self, object_id: str) -> bool:
-        """Whether the object is there and has its digest; a damaged copy is removed, so that it is made again."""
+    def is_sound(self, ref: ObjectRef) -> bool:
+        """Whether the object is there, with its digest and this size; a damaged copy is removed, so that it is made
+        again."""
         try:
-            self._verify(object_id)
+            return self._verify(ref.object_id) == ref.size_bytes
         except (ObjectGoneError, CorruptObjectError):
             return False
-        return True
 
     def open(self, object_id: str) -> OpenObject:
         """Opens a verified object and holds it against collection until `close`.

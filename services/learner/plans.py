@@ -118,9 +118,7 @@ class Planner:
 
     def _first_broken(self, steps: Sequence[PlanStep]) -> PlanStep | None:
         """The first that lacks an object, or has a damaged one."""
-        return next(
-            (step for step in steps if not all(self._store.is_sound(ref.object_id) for ref in step.objects)), None
-        )
+        return next((step for step in steps if not all(self._store.is_sound(ref) for ref in step.objects)), None)
 
     async def _close(self, step: PlanStep) -> None:
         """Nobody is sent that way again."""

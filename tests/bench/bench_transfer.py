@@ -51,7 +51,7 @@ async def serve(folder: Path, sizes: Sequence[int], stall_s: float) -> None:
     async with learner_site(folder, stall_s=stall_s) as site:
         await site.publisher.publish(0, make_weights(1))
         refs = [site.store.put(os.urandom(size)) for size in sizes]
-        assert all(site.store.is_sound(ref.object_id) for ref in refs)  # as GetPlan checks what it names
+        assert all(site.store.is_sound(ref) for ref in refs)  # as GetPlan checks what it names
         raw = await asyncio.start_server(send_raw, "127.0.0.1", 0)
         facts = {
             "port": site.address.port,

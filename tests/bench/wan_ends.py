@@ -53,7 +53,7 @@ async def serve(folder: Path, sizes: Sequence[int], traces: Path | None) -> None
     async with learner_site(folder / "learner", host=HOST, credentials=tls, workers=THREADS) as site:
         await site.publisher.publish(0, versions[0])
         refs = [site.store.put(os.urandom(size)) for size in sizes]
-        assert all(site.store.is_sound(ref.object_id) for ref in refs)  # as GetPlan checks what it names
+        assert all(site.store.is_sound(ref) for ref in refs)  # as GetPlan checks what it names
         raw = await asyncio.start_server(send_raw, HOST, 0)
         facts = {
             "port": site.address.port,

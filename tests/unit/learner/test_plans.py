@@ -1,10 +1,12 @@
 """Any version from any other, in one plan, with the fewest bytes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from services.learner.plans import shortest_path, size_of
+from services.learner.versions import Version
 from services.runtime.errors import ObjectGoneError
 from services.wire.delta import Weights, root_of
 from services.wire.types import ObjectRef, PlanStep, UpdateKind
@@ -94,6 +96,23 @@ async def test_a_damaged_delta_is_never_planned_again(tmp_path: Path) -> None:
     result = carry_out(shop, plan, history[1])
     assert result is not None
     assert root_of(result) == root_of(history[2])
+
+
+async def test_a_row_with_a_wrong_size_is_never_planned_again(tmp_path: Path) -> None:
+    """A flipped bit in a number is a number."""
+    shop = open_shop(tmp_path)
+    history = await publish_history(shop, 2)
+    row = shop.versions.rows[2]
+    assert row.update is not None
+    refs = tuple(replace(ref, size_bytes=ref.size_bytes ^ 8) for ref in row.update.objects)
+    shop.versions.write(Version(manifest=row.manifest, update=replace(row.update, objects=refs)))
+    plan = await shop.planner.plan(root_of(history[1]), 0)
+    result = carry_out(shop, plan, history[1])
+    assert result is not None
+    assert root_of(result) == root_of(history[2])
+    assert plan.total_bytes == sum(
+        shop.store.path_of(r.object_id).stat().st_size for s in plan.steps for r in s.objects
+    )
 
 
 async def test_collected_versions_are_gone_and_their_receivers_get_a_keyframe(tmp_path: Path) -> None:
