@@ -10,6 +10,7 @@ _GOLD_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s+(?![-+*/^=])|([A-J])\)\s*)\S.*",
 _PREFIX = re.compile(r"(?:option|choice|answer|letter)\s+", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _STATED = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:|$)\s*(.*)", re.DOTALL)
+_WITH_REASON = re.compile(r"\(?([A-J])\)?\s*[,;–—-]?\s*(?:because|since|as|which|for|due)\s.*", re.DOTALL)
 _BARE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 
 
@@ -25,11 +26,17 @@ def gold_letters(gold: str) -> frozenset[str] | None:
 
 
 def stated_letters(text: str) -> frozenset[str] | None:
-    """The letters that cleaned text states ("B", "(b)", "B) 12 m", "option B", "A and C"); None if it states none."""
+    """The letters that cleaned text states; None if it states none.
+
+    "B", "(b)", "B) 12 m", "option B", "B, because A is odd", "A and C".
+    """
     plain = _PREFIX.sub("", _TEXT.sub(r"\1", text).replace("*", "").strip(), count=1).strip()
     several = re.fullmatch(r"\(?[A-J]\)?(?:\s*(?:,|and|,\s*and|&)\s*\(?[A-J]\)?)+", plain)
     if several is not None:
         return frozenset(re.findall(r"[A-J]", plain))
+    reasoned = _WITH_REASON.fullmatch(plain)
+    if reasoned is not None:
+        return frozenset(reasoned[1])
     match = _STATED.fullmatch(plain)
     if match is None or _BARE_LETTER.search(match[2]):
         return None

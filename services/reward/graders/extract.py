@@ -7,39 +7,44 @@ answer, and no number from its reasoning is taken instead.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
-from services.reward.graders.units import SCALES, is_unit
+from services.reward.graders.numerals import FRACTION_SIGNS, TAIL_CHARS
+from services.reward.graders.quantity import read_quantity
 
 CLEAN_CHARS_MAX = 2000
-_TAIL_CHARS = 4000
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(
     r"\b(?:(?:final\s+)?answer|(?:correct|right|best)\s+(?:option|choice))\b\s*(?:\([^()\n]{0,20}\)\s*)?"
-    r"(?:\*\*|__)?[^\S\n]*(?:is\b[^\S\n]*:?|:|=)\s*",
+    r"(?:\*\*?|__)?[^\S\n]*(?:is\b[^\S\n]*:?|:|=)(?:[^\S\n]*(?:\*\*?|__?)(?=\s))?\s*",
     re.IGNORECASE,
 )
+_HEADING = re.compile(r"\s*[*_]*[A-Za-z]{3}")
+_TAG = "<answer>"
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations: 5*2=<<5*2=10>>10
+# Of Markdown; 2**3 is a power.
+_EMPHASIS = re.compile(r"(?<![\w)\]}])(?:\*\*|__)|(?:\*\*|__)(?![\w(\[{])")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_NUMBER = re.compile(
-    r"(?<![\w.\\^_])(?P<sign>(?<![\w)\]}$%])[-−–]|[Nn]egative\s)?\s?(?:\\?[$€£¥₹]\s?)?(?P<sign2>[-−])?"
-    r"(?P<number>\\[dtc]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*\d+\s*\}"
-    r"|(?:\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w)|\s?/\s?\d+)?"
-    r"|\.\d+)(?P<percent>\s?\\?%)?"
+# A $ that closes stands behind what it closes, or apart on both sides: "$5 and $10" is no formula.
+_MATH = re.compile(
+    r"(?<!\\)\$\$(?P<display>(?:[^$\\]|\\.)+)\$\$|(?<!\\)\$(?=\S)(?P<inline>(?:[^$\\]|\\.)+)(?<=\S)\$(?!\d)"
+    r"|(?<!\\)\$(?=\s)(?P<apart>(?:[^$\\]|\\.)+)(?<=\s)\$|\\\((?P<round>.+?)\\\)|\\\[(?P<square>.+?)\\\]",
+    re.DOTALL,
 )
-_GLUED = re.compile(r"[A-Za-z²³°]+")
-_SCALE = re.compile(rf"\s(?:{'|'.join(SCALES)})\b", re.IGNORECASE)
-_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
-_MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
+_WRAPPERS = (
+    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"),
+    ("*", "*"), ("_", "_"), ('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"),
+)  # fmt: skip
 _SPELLINGS = {
     "−": "-", "–": "-", "\\left": "", "\\right": "", "\\displaystyle": "", "\\!": "", "{,}": ",",
-    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "½": "\\frac{1}{2}",
-    "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "²": "^2", "³": "^3",
+    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "²": "^2", "³": "^3",
+    "×": "\\times ", "·": "\\cdot ", "÷": "/",
     "\\varnothing": "\\emptyset", "∅": "\\emptyset", "∞": "\\infty", "π": "\\pi",
     "\\leqslant": "\\leq", "\\geqslant": "\\geq", "≤": "\\leq ", "≥": "\\geq ",
     "\\lbrace": "\\{", "\\rbrace": "\\}", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
+    **{one: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", one).split("⁄")) for one in FRACTION_SIGNS},
 }  # fmt: skip
 # \left must not be found at the start of \leftarrow.
 _SPELLING = re.compile(
@@ -49,9 +54,11 @@ _SPELLING = re.compile(
 
 _ROOT_SIGN = re.compile(r"√\s*(\d+|[A-Za-z])")
 _COLOR = re.compile(r"\\(?:textcolor|color)\s*\{\w+\}\s*")
-_WRAPPED_NUMBER = re.compile(
-    r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox)\s*\{\s*([-+$\\]*[\d.,]*\d[\d.,]*\s*(?:\\?%)?)\s*\}"
+_WRAPPED = re.compile(
+    r"\\(?:text|textbf|textrm|textit|textnormal|emph|underline|mathrm|mathbf|mathit|boldsymbol|bold|mbox)"
+    r"\s*\{\s*([^{}]*)\}"
 )
+_DIGITS_ALONE = re.compile(r"[-+$\\]*[\d.,:/]*\d[\d.,:/]*\s*(?:\\?%)?\s*")
 _HALF_DAY = re.compile(r"\b([AaPp])\.\s?([Mm])\b\.?")
 # A unit written as a fraction: \frac{\text{m}}{\text{s}} is \text{m/s}.
 _UNIT_FRACTION = re.compile(r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}")
@@ -123,36 +130,33 @@ def hash_answer(text: str) -> tuple[int, str] | None:
     return position, rest.lstrip("#")
 
 
+def is_heading(line: str) -> bool:
+    """Whether what stands behind `####` is words, as in Markdown's "#### Step 2: ..."."""
+    return _HEADING.match(line) is not None
+
+
+def tagged_answer(text: str) -> tuple[int, str] | None:
+    """Where the last `<answer>` stands and the text in it, which a stop string may have left open; None without one."""
+    position = text.rfind(_TAG)
+    return None if position < 0 else (position, text[position + len(_TAG) :].split("</answer>", 1)[0])
+
+
 def phrase_answer(text: str) -> str | None:
     """What follows the last "answer is", "answer:" or "answer =", up to the end of the sentence."""
     last = None
-    tail = text[-_TAIL_CHARS:]
+    tail = text[-TAIL_CHARS:]
     for match in _PHRASE.finditer(tail):
         last = match
     if last is None:
         return None
-    rest = _CALCULATOR.sub("", tail[last.end() :].split("\n", 1)[0])
+    rest = _EMPHASIS.sub("", _CALCULATOR.sub("", tail[last.end() :].split("\n", 1)[0]))
     end = _SENTENCE_END.search(rest)
     return rest[: end.start()] if end else rest
 
 
 def formulas(text: str) -> list[str]:
     """The contents of each `$...$`, `\\(...\\)` and `\\[...\\]` near the end of `text`."""
-    return [match[1] or match[2] or match[3] for match in _MATH.finditer(text[-_TAIL_CHARS:])]
-
-
-def numbers(text: str) -> list[str]:
-    """The numbers near the end that stand alone: not part of a word, no factor ("2x"), no ordinal ("2nd")."""
-    tail = text[-_TAIL_CHARS:]
-    found: list[str] = []
-    for match in _NUMBER.finditer(tail):
-        glued = _GLUED.match(tail, match.end())
-        if glued is not None and (_ORDINAL.match(glued[0]) or not is_unit(glued[0], glued=True)):
-            continue
-        sign = "-" if match["sign"] or match["sign2"] else ""
-        scale = _SCALE.match(tail, match.end())
-        found.append(sign + match["number"] + (match["percent"] or "") + (scale[0] if scale else ""))
-    return found
+    return [match[match.lastgroup or 0] for match in _MATH.finditer(text[-TAIL_CHARS:])]
 
 
 def clean(text: str) -> str:
@@ -177,8 +181,8 @@ def clean(text: str) -> str:
         box = _BOX.match(text)
         if box is not None and _closing(text, box.end()) == len(text) - 1 and text[box.end()] == "{":
             text = text[box.end() + 1 : -1]
-        wrapped = _WRAPPED_NUMBER.fullmatch(text)
-        if wrapped is not None:
+        wrapped = _WRAPPED.fullmatch(text)
+        if wrapped is not None and (_DIGITS_ALONE.fullmatch(wrapped[1]) or read_quantity(wrapped[1]) is not None):
             text = wrapped[1]
     return _thin_spaces(text)
 

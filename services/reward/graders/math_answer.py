@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from services.reward.graders import choice, extract, guard, phrases, quantity, symbolic, words
+from services.reward.graders import choice, extract, guard, numerals, phrases, quantity, symbolic, words
 from services.reward.graders.base import Verdict
 from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
@@ -23,8 +23,8 @@ from services.runtime.errors import ScoreError
 
 class MathOptions(Section):
     extract: Literal["auto", "boxed", "hash", "phrase", "last_number", "choice", "whole"] = "auto"
-    """Where the answer stands. auto: the later of the last box and the last ####; without those, what follows
-    "answer is"; without that, the last number (or formula, if the reference answer is one)."""
+    """Where the answer stands. auto: the latest of the last box, the last #### and the last <answer>; without those,
+    what follows "answer is"; without that, the last number (or formula, if the reference answer is one)."""
     which: Literal["last", "first", "all"] = "last"
     """Which box counts if there are several; all: every one must be right."""
     answer_after: str = ""
@@ -88,29 +88,31 @@ class MathGrader:
     def _candidates(self, text: str, gold: Gold) -> list[str] | str:
         """The texts that must each equal the reference answer, or why there are none."""
         match self._options.extract:
-            case "auto":
-                return self._marked(text, boxed=True, hashed=True) or _unmarked(text, gold)
+            case "auto" | "choice":
+                tag = extract.tagged_answer(text) if self._options.which == "last" else None
+                if tag is None:
+                    return self._marked(text, gold) or _unmarked(text, gold)
+                start, inside = tag
+                # A box or #### inside or behind the tag counts before what else the tag holds.
+                return self._marked(text[start:], gold) or _phrase(inside, gold) or [_stated(inside, gold)]
             case "boxed":
-                return self._marked(text, boxed=True, hashed=False) or "no box"
+                return self._marked(text, gold, hashed=False) or "no box"
             case "hash":
-                return self._marked(text, boxed=False, hashed=True) or "no ####"
+                return self._marked(text, gold, boxed=False) or "no ####"
             case "phrase":
-                phrase = extract.phrase_answer(text)
-                if phrase is None:
-                    return "no answer phrase"
-                return [phrases.within(phrase, number_wanted=gold.number is not None)]
+                return _phrase(text, gold) or "no answer phrase"
             case "last_number":
-                return extract.numbers(text)[-1:] or "no number"
-            case "choice":
-                return self._marked(text, boxed=True, hashed=True) or _unmarked(text, gold)
+                return numerals.numbers(text)[-1:] or "no number"
             case "whole":
                 return [text]
 
-    def _marked(self, text: str, *, boxed: bool, hashed: bool) -> list[str] | str | None:
+    def _marked(self, text: str, gold: Gold, *, boxed: bool = True, hashed: bool = True) -> list[str] | str | None:
         found = extract.boxes(text) if boxed else []
         marker = extract.hash_answer(text) if hashed else None
         if marker is not None and (not found or found[-1].start < marker[0]):
-            return [marker[1]]
+            # "#### Step 2: add them up" heads a section, if an answer is stated below it.
+            stated = _phrase(text[marker[0] :], gold) if extract.is_heading(marker[1]) else None
+            return stated or [marker[1]]
         if not found:
             return None
         if self._options.which == "first":
@@ -190,14 +192,23 @@ def _gold_text(answer: str) -> str:
     return extract.clean(answer) if len(answer) <= extract.CLEAN_CHARS_MAX else ""
 
 
-def _unmarked(text: str, gold: Gold) -> list[str] | str:
+def _phrase(text: str, gold: Gold) -> list[str] | None:
     phrase = extract.phrase_answer(text)
-    if phrase is not None:
-        return [phrases.within(phrase, number_wanted=gold.number is not None)]
+    return None if phrase is None else [_stated(phrase, gold)]
+
+
+def _stated(phrase: str, gold: Gold) -> str:
+    return phrases.within(phrase, number_wanted=gold.number is not None)
+
+
+def _unmarked(text: str, gold: Gold) -> list[str] | str:
+    stated = _phrase(text, gold)
+    if stated is not None:
+        return stated
     if gold.letters is not None:
         return [text.strip()] if choice.stated_letters(text[:40]) else _last_line(text)
     if gold.number is not None:
-        return extract.numbers(text)[-1:] or "no number"
+        return numerals.numbers(text)[-1:] or "no number"
     return extract.formulas(text)[-1:] or _last_line(text)
 
 

@@ -2,9 +2,12 @@
 
 import re
 
-from services.reward.graders.extract import clean, formulas, numbers
+from services.reward.graders.extract import clean, formulas
+from services.reward.graders.numerals import numbers
 from services.reward.graders.quantity import read_quantity
 
+# The left side of "9 * 2 = 18 dollars".
+_SUM = re.compile(r"(?:[\d\s.,+*/()=$-]|\\(?:times|cdot|div))+")
 _LONG_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{3,}")
 _NEGATION = re.compile(r"\b(?:not|never|neither|no longer|isn't|wasn't|cannot)\b", re.IGNORECASE)
 # Behind a number: another number follows, or the number is only a part of what is stated.
@@ -36,6 +39,9 @@ def within(phrase: str, *, number_wanted: bool) -> str:
         return cleaned
     if not number_wanted or read_quantity(cleaned) is not None or _LONG_WORD.search(cleaned) is None:
         return phrase
+    left, equals, right = cleaned.rpartition("=")
+    if equals and _SUM.fullmatch(left) and read_quantity(right.strip()) is not None:
+        return f"{left.replace('$', '')} = {numbers(right)[0]}"
     stated = numbers(cleaned)
     if not stated:
         return phrase

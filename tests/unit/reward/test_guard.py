@@ -4,8 +4,9 @@ import time
 
 import pytest
 
-from services.reward.graders.extract import boxes, clean, hash_answer, numbers, phrase_answer
+from services.reward.graders.extract import boxes, clean, hash_answer, phrase_answer
 from services.reward.graders.guard import balanced, too_big
+from services.reward.graders.numerals import numbers
 from services.reward.graders.quantity import read_quantity
 from services.reward.graders.units import is_unit
 
