@@ -117,6 +117,7 @@ class DiskCache:
                 self._sizes[part.path.name] = 0
         try:
             with storage_errors(f"write {part.path}"):
+                self._directory.mkdir(parents=True, exist_ok=True)  # a person may have removed it, to make room
                 part.path.touch()
                 os.truncate(part.path, part.size_bytes)  # what a failed write left behind
         except BaseException:

@@ -92,18 +92,20 @@ class ObjectCache:
         self._wanted.add(object_id)
 
     def _remove_unwanted(self, room: int) -> None:
-        files = [file for file in self._directory.iterdir() if file.name.partition(".")[0] not in self._wanted]
-        kept: list[tuple[float, int, Path]] = []
-        for file in files:
-            with contextlib.suppress(FileNotFoundError):
-                status = file.stat()
-                kept.append((status.st_mtime, status.st_size, file))
-        total = sum(size for _, size, _ in kept)
-        for _, size, file in sorted(kept):
-            if total > room or file.suffix == PART_SUFFIX:
+        with storage_errors(f"tidy {self._directory}"):
+            self._directory.mkdir(parents=True, exist_ok=True)  # a person may have removed it, to make room
+            files = [file for file in self._directory.iterdir() if file.name.partition(".")[0] not in self._wanted]
+            kept: list[tuple[float, int, Path]] = []
+            for file in files:
                 with contextlib.suppress(FileNotFoundError):
-                    file.unlink()
-                total -= size
+                    status = file.stat()
+                    kept.append((status.st_mtime, status.st_size, file))
+            total = sum(size for _, size, _ in kept)
+            for _, size, file in sorted(kept):
+                if total > room or file.suffix == PART_SUFFIX:
+                    with contextlib.suppress(FileNotFoundError):
+                        file.unlink()
+                    total -= size
 
     async def _fetch_rest(self, fetch: "_Fetch", ranges: list[Range]) -> tuple[bool, str | None]:
         """Completes all ranges at the same time: (whether some of it was there before, the digest of all or None).
@@ -196,10 +198,11 @@ class _Writing:
 
 def _holds(path: Path, ref: ObjectRef) -> bool:
     """Whether the file is the object; damage on disk is found here, and the file removed."""
-    try:
-        data_matches = path.stat().st_size == ref.size_bytes and file_digest(path) == ref.object_id
-    except FileNotFoundError:
-        return False
-    if not data_matches:
-        path.unlink()
+    with storage_errors(f"read {path}"):
+        try:
+            data_matches = path.stat().st_size == ref.size_bytes and file_digest(path) == ref.object_id
+        except FileNotFoundError:
+            return False
+        if not data_matches:
+            path.unlink(missing_ok=True)
     return data_matches

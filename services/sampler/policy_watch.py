@@ -15,6 +15,7 @@ from services.runtime.errors import (
     BadInputError,
     CorruptObjectError,
     ExhaustedError,
+    InputMissingError,
     ObjectGoneError,
     StorageError,
     UnavailableError,
@@ -28,7 +29,15 @@ from services.wire.errors import from_rpc_error
 from services.wire.signing import verify
 from services.wire.types import Announcement, Manifest, Plan, SignedManifest
 
-RETRIED = (UnavailableError, ExhaustedError, ObjectGoneError, CorruptObjectError, WrongBaseError, StorageError)
+RETRIED = (
+    UnavailableError,
+    ExhaustedError,
+    ObjectGoneError,
+    CorruptObjectError,
+    WrongBaseError,
+    StorageError,
+    InputMissingError,  # a file that was removed before it was read
+)
 
 _log = get_logger("sampler.follower")
 

@@ -2,6 +2,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -124,6 +125,18 @@ async def test_a_part_on_disk_is_used_by_the_next_process(tmp_path: Path, signer
     async with serving(weights=server) as served, following(served, signer, tmp_path / "objects") as follows:
         assert server.offsets == [2345]
         assert follows.follower.version == 0
+
+
+async def test_a_cache_that_somebody_removed_is_made_again(tmp_path: Path, signer: ManifestSigner) -> None:
+    server = ScriptedWeights(signer)
+    weights = weights_of(3)
+    await server.publish(weights)
+    async with serving(weights=server) as served, following(served, signer, tmp_path / "objects") as follows:
+        shutil.rmtree(tmp_path / "objects")
+        await server.publish(changed(weights, 7))
+        async with asyncio.timeout(10):
+            await follows.follower.reached(1)
+        assert follows.follower.root == root_of(changed(weights, 7))
 
 
 async def test_a_wrong_part_on_disk_costs_that_object_alone(tmp_path: Path, signer: ManifestSigner) -> None:

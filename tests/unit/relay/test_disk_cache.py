@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_what_was_kept_is_there_and_after_a_restart_too(tmp_path: Path) -> None:
     assert content(cache, first) == b"a" * 250
     assert content(DiskCache(tmp_path, 1000), first) == b"a" * 250
     assert content(cache, "0" * 64) is None
+
+
+def test_a_cache_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "objects", 1000)
+    first = put(cache, b"a" * 250)
+    shutil.rmtree(tmp_path / "objects")
+    assert content(cache, first) is None
+    assert content(cache, put(cache, b"a" * 250)) == b"a" * 250
+    assert cache.used_bytes == 250
 
 
 def test_only_a_digest_becomes_a_path(tmp_path: Path) -> None:
