@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from heterorl.v1 import weights_pb2
 from services.relay.upstream import Upstream
-from services.runtime.errors import MismatchError, UnavailableError
+from services.runtime.errors import BadInputError, MismatchError, UnavailableError
 from services.wire.convert import from_plan
+from services.wire.objects import is_object_id
 
 _MOST = 256
 
@@ -40,8 +41,11 @@ class PlanMemory:
             )
 
     async def answer(self, request: weights_pb2.GetPlanRequest) -> weights_pb2.GetPlanResponse:
-        """Raises what upstream raises; UnavailableError when it is away and the plan is not known."""
+        """Raises what upstream raises; UnavailableError when it is away and the plan is not known; BadInputError for a
+        root that is none: what is asked for is remembered."""
         self.check_run(request.run_id)
+        if request.have_root and not is_object_id(request.have_root):
+            raise BadInputError("the weights held are named by 64 lower-case hex digits, or by nothing")
         latest = self._upstream.latest
         if latest is None:
             return await self._ask(request)

@@ -110,6 +110,9 @@ async def test_samplers_that_ask_the_same_are_answered_by_one_question(tmp_path:
             assert len(site.planner.plans) == 1
             assert await stub.GetPlan(weights_pb2.GetPlanRequest(want_version=1, keyframe_only=True)) is not None
             assert len(site.planner.plans) == 2, "another question"
+            with pytest.raises(grpc.aio.AioRpcError, match="64 lower-case hex digits"):
+                await stub.GetPlan(weights_pb2.GetPlanRequest(want_version=1, have_root="a" * 100_000))
+            assert len(site.planner.plans) == 2, "what could be remembered for nothing is not asked for"
 
 
 async def test_with_upstream_away_what_is_known_is_served_and_the_rest_says_when_to_come_back(tmp_path: Path) -> None:
