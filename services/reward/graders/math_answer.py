@@ -30,7 +30,7 @@ class MathOptions(Section):
     answer_after: str = ""
     """Only text behind the last occurrence of this counts, for example "</think>"; without one there is no answer."""
     tolerance: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Relative error that a plain number may have."""
+    """Relative error that a plain number may have, also where the reference answer is a root or has π in it."""
     percent: Literal["as_unit", "exact"] = "as_unit"
     """as_unit: 50% equals 50 as well as 0.5. exact: 50% equals only 0.5."""
     evaluated: bool = False
@@ -153,7 +153,12 @@ class MathGrader:
             )
         if gold.number is not None and self._options.evaluated:
             return "not a plain number"
-        return symbolic.same_expression(gold.text, answer)
+        reason = symbolic.same_expression(gold.text, answer)
+        if reason is not None and self._options.tolerance and number is not None:
+            value = symbolic.approximate(gold.text)
+            if value is not None and quantity.close(value, number.value, self._options.tolerance):
+                return None
+        return reason
 
 
 @lru_cache(maxsize=1024)

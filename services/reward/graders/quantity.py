@@ -111,10 +111,11 @@ def same_quantity(gold: Quantity, answer: Quantity, *, tolerance: float, percent
             golds = {gold.value}
         else:
             answers = {answer.value}
-    if any(_close(one, other, tolerance) for one in golds for other in answers):
+    if any(close(one, other, tolerance) for one in golds for other in answers):
         return None
     return "not equal to the reference answer"
 
 
-def _close(gold: Fraction, answer: Fraction, tolerance: float) -> bool:
+def close(gold: Fraction, answer: Fraction, tolerance: float) -> bool:
+    """Whether the difference is at most `tolerance`, relative to `gold` unless that is 0."""
     return gold == answer or abs(gold - answer) <= Fraction(tolerance) * (abs(gold) or 1)

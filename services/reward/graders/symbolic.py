@@ -16,6 +16,7 @@ Its time-outs use SIGALRM and are off: the worker's limits and the pool's kill b
 
 import logging
 import re
+from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
@@ -78,6 +79,16 @@ def why_unparsable(gold: str) -> str | None:
     if reason is None and _BASE.fullmatch(gold) is None and _parsed(_without_unit(gold)[0]) is None:
         reason = "it is not an expression that can be read"
     return reason
+
+
+def approximate(gold: str) -> Fraction | None:
+    """The value of a cleaned reference answer such as "2\\sqrt{3}" to 30 digits; None if it is no real number."""
+    from sympy import Expr
+
+    value = _parsed(_without_unit(gold)[0])
+    if not isinstance(value, Expr) or not (value.is_number and value.is_extended_real and value.is_finite):
+        return None
+    return Fraction(str(value.evalf(30)))
 
 
 def _malformed(text: str) -> str | None:
