@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides.append(f"--connect.learner={arguments.learner}")
     config = load(SamplerConfig, arguments.config, overrides, os.environ).value
     parse_target(config.connect.learner)
+    config.require_credentials()
     log.configure(config.log)
     if config.engine.threads:  # before torch is imported: its pools are made then
         os.environ.setdefault("OMP_NUM_THREADS", str(config.engine.threads))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue
 
 from services.learner.losses.settings import LossSettings
 from services.runtime.address import ListenKey, OptionalListenKey
@@ -113,7 +113,7 @@ class GraderSection(Section):
     """Registered grader; docs/rewards.md lists them."""
     weight: float = 1.0
     """Factor of its score in the reward."""
-    options: dict[str, str | int | float | bool | list[str]] = {}
+    options: dict[str, JsonValue] = {}
     """The grader's own options."""
 
 
@@ -218,9 +218,3 @@ class LearnerConfig(Section):
     lease: LeaseSection = LeaseSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-
-    @model_validator(mode="after")
-    def _tls_or_insecure(self) -> "LearnerConfig":
-        if self.tls is None and not self.listen.insecure:
-            raise ValueError("set [tls] (see `heterorl pki dev`), or listen.insecure = true on a loopback address")
-        return self

@@ -37,7 +37,7 @@ def preflight(config: LearnerConfig) -> Inputs:
     if config.listen.insecure:
         require_loopback(address)
     elif config.tls is None:
-        raise ConfigError("[tls] is missing: make certificates with `heterorl pki dev`")
+        raise ConfigError("set [tls] (see `heterorl pki dev`), or listen.insecure = true on a loopback address")
     else:
         credentials, _ = server_credentials(config.tls)
     keys = (config.data.prompt_key, config.data.answer_key)

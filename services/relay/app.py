@@ -23,6 +23,7 @@ from services.relay.telemetry import RelayCollector
 from services.relay.upstream import Upstream
 from services.relay.weight_service import RelayWeightService
 from services.runtime.address import Address, parse_listen, parse_target, require_loopback
+from services.runtime.errors import ConfigError
 from services.runtime.files import locked_directory
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
@@ -59,6 +60,10 @@ class Ends:
 def check_ends(config: RelayConfig) -> Ends:
     """Raises RefusedError or ConfigError (certificates, no TLS beyond loopback)."""
     upstream, listen = parse_target(config.connect.upstream), parse_listen(config.listen.address)
+    if config.tls is None and not (config.connect.insecure and config.listen.insecure):
+        raise ConfigError(
+            "set [tls] (see `heterorl pki dev`), or connect.insecure and listen.insecure = true on loopback"
+        )
     identity = Identity(role=Role.RELAY, id=require_id(config.connect.relay_id))
     dial: grpc.ChannelCredentials | None = None
     serve: grpc.ServerCredentials | None = None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from services.runtime.address import ListenKey, OptionalListenKey, TargetKey
 from services.runtime.config import Section
@@ -54,11 +54,3 @@ class RelayConfig(Section):
     """Certificates of this relay: it shows them to the learner and to samplers; needed unless both are insecure."""
     cache: CacheSection = CacheSection()
     log: LogSection = LogSection()
-
-    @model_validator(mode="after")
-    def _tls_or_insecure(self) -> "RelayConfig":
-        if self.tls is None and not (self.connect.insecure and self.listen.insecure):
-            raise ValueError(
-                "set [tls] (see `heterorl pki dev`), or connect.insecure and listen.insecure = true on loopback"
-            )
-        return self

@@ -107,6 +107,7 @@ def make_engine(config: SamplerConfig) -> Engine:
 
 def _credentials(config: SamplerConfig) -> tuple[grpc.ChannelCredentials | None, Identity]:
     """Raises RefusedError or ConfigError for a certificate that the learner would not take, and says why."""
+    config.require_credentials()
     if config.connect.insecure or config.tls is None:
         return None, Identity(role=Role.SAMPLER, id=require_id(config.connect.sampler_id))
     credentials, identity = channel_credentials(config.tls)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from services.runtime.address import OptionalListenKey, OptionalTargetKey, TargetKey
 from services.runtime.config import Section
+from services.runtime.errors import ConfigError
 from services.runtime.log import LogSection
 from services.sampler.delays import DelaySection
 from services.wire.tls import TlsFiles
@@ -128,10 +129,9 @@ class SamplerConfig(Section):
     metrics_address: OptionalListenKey = ""
     """HOST:PORT of the Prometheus endpoint; empty for none."""
 
-    @model_validator(mode="after")
-    def _tls_or_insecure(self) -> "SamplerConfig":
+    def require_credentials(self) -> None:
+        """Raises ConfigError where nothing says who this sampler is."""
         if self.tls is None and not self.connect.insecure:
-            raise ValueError("set [tls] (see `heterorl pki dev`), or connect.insecure = true on a loopback address")
+            raise ConfigError("set [tls] (see `heterorl pki dev`), or connect.insecure = true on a loopback address")
         if self.connect.insecure and not self.connect.sampler_id:
-            raise ValueError("set connect.sampler_id: without a certificate the sampler has no name")
-        return self
+            raise ConfigError("set connect.sampler_id: without a certificate the sampler has no name")

@@ -131,9 +131,11 @@ def test_an_absent_learner_is_waited_for_visibly_and_given_up_as_configured(fold
     assert tries, "each try leaves a log line that names the learner"
 
 
-def test_a_sampler_without_certificates_says_how_to_get_them(folder: Path):
-    sentence = sentence_of(heterorl(folder, "sampler", "--learner", "127.0.0.1:7443"), 78)
-    assert "pki dev" in sentence
+@pytest.mark.parametrize(
+    "words", [("sampler", "--learner", "127.0.0.1:7443"), ("learner", "-c", "run.toml", "--listen.insecure=false")]
+)
+def test_a_process_without_certificates_says_how_to_get_them(folder: Path, words: tuple[str, ...]):
+    assert "pki dev" in sentence_of(heterorl(folder, *words), 78)
 
 
 @pytest.mark.parametrize("verb", ["status", "why"])

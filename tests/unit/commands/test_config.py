@@ -16,21 +16,17 @@ from services.commands.config import TREES, tree_of
 def test_the_default_file_is_valid_and_its_values_are_the_defaults(process: str, capsys: pytest.CaptureFixture[str]):
     assert main(["config", "default", process]) == 0
     table = tomllib.loads(capsys.readouterr().out)
-    insecure = {
-        "learner": {"listen": {"insecure": True}},
-        "sampler": {"connect": {"insecure": True, "sampler_id": "s"}},
-        "relay": {"connect": {"insecure": True}, "listen": {"insecure": True}},
-    }
-    assert tree_of(process).model_validate({**table, **insecure[process]}) == tree_of(process).model_validate(
-        insecure[process]
-    )
+    assert tree_of(process).model_validate(table) == tree_of(process)()
 
 
 def test_show_names_the_origin_of_each_value(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     file = tmp_path / "run.toml"
-    file.write_text("[listen]\ninsecure = true\n[[reward]]\nname = 'math'\nweight = 2\n")
+    file.write_text(
+        "[listen]\ninsecure = true\n[[reward]]\nname = 'python'\nweight = 2\n"
+        "options = {callable = 'rewards.length:score', arguments = {target = 400}}\n"
+    )
     monkeypatch.setenv("HETERORL_RUN__STEPS", "7")
     words = ["config", "show", "learner", "-c", str(file), "--json", "--optimizer.lr=1e-4", "--policy.path=/m"]
     assert main(words) == 0
@@ -40,9 +36,20 @@ def test_show_names_the_origin_of_each_value(
     assert shown["run.steps"] == {"value": 7, "source": "environment"}
     assert shown["listen.insecure"] == {"value": True, "source": f"file {file}"}
     assert shown["reward"]["value"][0]["weight"] == 2
+    assert shown["reward"]["value"][0]["options"]["arguments"] == {"target": 400}
     assert shown["tls"] == {"value": None, "source": "default"}
     assert main([word for word in words if word != "--json"]) == 0
     assert any(line.split() == ["run.steps", "7", "environment"] for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("process", TREES)
+def test_a_configuration_is_shown_without_the_certificates_that_another_layer_will_name(
+    process: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "run.toml"
+    file.write_text('[listen]\naddress = "0.0.0.0:1"\n' if process != "sampler" else "leases = 3\n")
+    assert main(["config", "show", process, "-c", str(file)]) == 0
+    assert f"file {file}" in capsys.readouterr().out
 
 
 def test_an_unknown_key_ends_with_78_and_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

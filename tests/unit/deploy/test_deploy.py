@@ -172,8 +172,6 @@ def test_the_shipped_configuration_is_the_one_that_the_classes_describe(process:
 def test_the_shipped_configuration_needs_certificates_and_nothing_else(process: str) -> None:
     path = DEPLOY / "config" / f"{process}.toml"
     assert load(tree_of(process), path, [], CERTIFICATES).value
-    with pytest.raises(ConfigError, match=r"\[tls\]"):
-        load(tree_of(process), path, [], {})
 
 
 def test_the_manual_has_every_exit_code() -> None:
