@@ -10,7 +10,13 @@ from typing import cast
 
 import numpy as np
 
-from services.runtime.errors import BadInputError, CorruptObjectError, InputMissingError, StorageError
+from services.runtime.errors import (
+    BadInputError,
+    CorruptObjectError,
+    InputMissingError,
+    InvalidWeightsError,
+    StorageError,
+)
 from services.runtime.files import atomic_write_blocks
 from services.wire.delta.container import HEADER_LENGTH, build_header, header_bytes, parse_header
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Weights, check_form, forms_of
@@ -30,15 +36,19 @@ def read_weights(path: str | Path, *, mapped: bool = False) -> dict[str, BitTens
     as it is. Raises InputMissingError, CorruptObjectError, InvalidWeightsError or StorageError.
     """
     weights: dict[str, BitTensor] = {}
+    files: dict[str, str] = {}
     for file in weight_files(Path(path)):
         for name, tensor in _read_file(file, mapped):
             if name in weights:
                 raise CorruptObjectError(f"{name} is in two files of {path}")
             weights[name] = tensor
+            files[name] = file.name
     index = Path(path) / INDEX_NAME
-    for name in _weight_map(index) if index.is_file() else ():
+    for name, file_name in _weight_map(index).items() if index.is_file() else ():
         if name not in weights:
             raise CorruptObjectError(f"{name} is in the index of {path}, and in none of its files")
+        if file_name != files[name]:
+            raise CorruptObjectError(f"{name} is in {files[name]} of {path}, and not where the index says")
     return weights
 
 
@@ -142,8 +152,8 @@ def _told(path: Path) -> Generator[None]:
         yield
     except FileNotFoundError as error:
         raise InputMissingError(f"there is no file {path}") from error
-    except CorruptObjectError as error:
-        raise CorruptObjectError(f"{path}: {error}") from error
+    except (CorruptObjectError, InvalidWeightsError) as error:
+        raise type(error)(f"{path}: {error}") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
 

@@ -98,7 +98,9 @@ def check_name(name: str) -> str:
     Raises InvalidWeightsError. Names are never used as paths; this keeps look-alikes and control characters out too.
     """
     if len(name) > MAX_NAME_CHARS or ".." in name or name == "__metadata__" or NAME.fullmatch(name) is None:
-        raise InvalidWeightsError(f"{name[:80]!a} is not a parameter name: use ASCII letters, digits, _ - and dots")
+        raise InvalidWeightsError(
+            f"{name[:80]!a} is not a parameter name: use up to {MAX_NAME_CHARS} ASCII letters, digits, _ - and dots"
+        )
     return name
 
 

@@ -1,5 +1,6 @@
 """Checkpoints on disk, and which weights may be loaded into a model."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -62,6 +63,28 @@ def test_an_index_that_names_a_tensor_that_its_files_lack_is_refused(tmp_path: P
     index.write_text('{"weight_map":{"w":"a.safetensors","v":"a.safetensors"}}')
     with pytest.raises(CorruptObjectError, match="v is in the index"):
         read_weights(tmp_path)
+
+
+def test_an_index_that_names_another_file_than_a_tensors_own_is_refused(tmp_path: Path) -> None:
+    weights = model(np.random.default_rng(8))
+    names = sorted(weights)
+    write_weights({name: weights[name] for name in names[:2]}, tmp_path / "one.safetensors")
+    write_weights({name: weights[name] for name in names[2:]}, tmp_path / "two.safetensors")
+    mapping = {name: "one.safetensors" if name in names[:2] else "two.safetensors" for name in names}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": mapping}))
+    assert same(read_weights(tmp_path), weights)
+    index.write_text(json.dumps({"weight_map": {**mapping, names[0]: "two.safetensors"}}))
+    with pytest.raises(CorruptObjectError, match="not where the index says"):
+        read_weights(tmp_path)
+
+
+def test_a_name_that_is_no_parameters_is_refused_with_its_file(tmp_path: Path) -> None:
+    write_weights({"a": tensor("U8", [1])}, tmp_path / "x.safetensors")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"a":', b'"/":'))
+    with pytest.raises(InvalidWeightsError, match=r"x\.safetensors: '/' is not a parameter name"):
+        read_weights(path)
 
 
 def test_repeated_keys_in_a_checkpoint_header_are_refused(tmp_path: Path) -> None:
