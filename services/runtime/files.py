@@ -4,7 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
-import tempfile
+import secrets
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -27,21 +27,22 @@ def storage_errors(what: str) -> Generator[None]:
         raise kind(f"cannot {what}: {error.strerror or error}{advice}") from error
 
 
-def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
+def atomic_write(path: Path, data: bytes, mode: int = 0o666) -> None:
     """As atomic_write_blocks, of one block."""
     atomic_write_blocks(path, (data,), mode)
 
 
-def atomic_write_blocks(path: Path, blocks: Iterable[bytes | memoryview], mode: int = 0o644) -> None:
+def atomic_write_blocks(path: Path, blocks: Iterable[bytes | memoryview], mode: int = 0o666) -> None:
     """Readers see the old content or the new one, and after a power loss too. Raises StorageError.
 
     The content is on disk before its name is (fsync, rename), and the name is when this returns (fsync of the folder).
+    `mode` is what the process's umask leaves of it, as of any file.
     """
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     with storage_errors(f"write {path}"):
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(file.fileno(), mode)
                 file.writelines(blocks)
                 file.flush()
                 os.fsync(file.fileno())

@@ -21,6 +21,16 @@ def test_a_write_replaces_the_content_sets_the_mode_and_leaves_nothing_behind(tm
     assert os.listdir(tmp_path) == ["key.pem"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_written_file_may_be_read_by_whom_the_umask_says(tmp_path: Path, umask: int, mode: int):
+    before = os.umask(umask)
+    try:
+        atomic_write(tmp_path / "file", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
 def test_a_write_that_fails_keeps_the_old_content_and_leaves_nothing_behind(tmp_path: Path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "child").touch()
