@@ -19,6 +19,7 @@ from services.learner.config import LearnerConfig
 from services.learner.control_service import Contact, ControlService
 from services.learner.data_plane import DataPlane
 from services.learner.data_settings import DataSettings
+from services.learner.disk_room import DiskRoom
 from services.learner.export import Provenance, export_policy
 from services.learner.finishing import send_home
 from services.learner.monitor_service import MonitorService
@@ -76,6 +77,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
         learner = await assemble(process, config, inputs, state)
         parts, plane = learner.parts, learner.parts.plane
         intake = process.tasks.create_task(plane.run())
+        health = process.tasks.create_task(server.show(plane.room))
         drain = asyncio.Event()
         loop = RunLoop(parts)
         metrics = Metrics("learner")
@@ -92,6 +94,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
             if loop.finished or parts.control.asked:
                 final_root = parts.publisher.latest.version.root
                 await send_home(plane, final_root, config.lease.heartbeat_s)
+        health.cancel()
         _forget_addresses(state_dir)
         await plane.flush()
         if loop.finished:
@@ -120,6 +123,7 @@ async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, stat
         state_dir,
         DataSettings.of(config, policy.vocab_size),
         inputs.train,
+        room=DiskRoom(process.drain),
         known_epoch=max((row.manifest.decoded.learner_epoch for row in versions.rows.values()), default=0),
     )
     publisher = Publisher(

@@ -16,6 +16,7 @@ from services.learner.batches import TrainGroup
 from services.learner.buffer import Dropped, GroupBuffer, PendingGroup
 from services.learner.data_settings import DataSettings
 from services.learner.dataset import Dataset, PromptOrder
+from services.learner.disk_room import DiskRoom
 from services.learner.evaluation import EvalRound, Evaluation
 from services.learner.intake import Accepted, Intake
 from services.learner.journal import DAMAGED, OLDER_JOURNAL, Journal
@@ -56,6 +57,7 @@ class DataPlane:
         train: Dataset,
         journal: Journal,
         recovered: Recovered,
+        room: DiskRoom,
         clock: Callable[[], float],
         unix_ms: Callable[[], int],
     ) -> None:
@@ -64,6 +66,7 @@ class DataPlane:
         self._journal = journal
         self._recovered = recovered
         self._clock = clock
+        self.room = room
         self._in_training: dict[int, int] = {}
         self._step = 0
         self._background: set[asyncio.Task[None]] = set()
@@ -105,6 +108,7 @@ class DataPlane:
             versions=self.versions,
             leases=self.leases,
             sessions=self.sessions,
+            room=room,
             deliver=self._deliver,
             unix_ms=unix_ms,
         )
@@ -118,13 +122,22 @@ class DataPlane:
         clock: Callable[[], float] = time.monotonic,
         unix_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         known_epoch: int = 0,
+        room: DiskRoom | None = None,
     ) -> "DataPlane":
         """Opens the journal and raises the learner's epoch, above `known_epoch`. The caller holds state_dir's lock.
 
         Raises ConfigError for a journal of another run, StorageError.
         """
         journal, recovered = await Journal.open(state_dir / JOURNAL_FILE, settings.run_id, known_epoch)
-        return cls(settings=settings, train=train, journal=journal, recovered=recovered, clock=clock, unix_ms=unix_ms)
+        return cls(
+            settings=settings,
+            train=train,
+            journal=journal,
+            recovered=recovered,
+            room=room or DiskRoom(),
+            clock=clock,
+            unix_ms=unix_ms,
+        )
 
     async def close(self) -> None:
         """After `flush`, and after `run` was cancelled."""
@@ -308,7 +321,8 @@ class DataPlane:
 
     async def _record_drops(self, dropped: tuple[Dropped, ...]) -> None:
         lengths = await asyncio.to_thread(lambda: [_lengths(decode_group(drop.group.payload)) for drop in dropped])
-        await self._journal.mark_dropped([(drop.group.id, drop.reason.value) for drop in dropped], self._step + 1)
+        reasons = [(drop.group.id, drop.reason.value) for drop in dropped]
+        await self.room.until_written("drops", lambda: self._journal.mark_dropped(reasons, self._step + 1))
         for drop, tokens in zip(dropped, lengths, strict=True):
             self.tally.count_lengths(self.tally.lengths_dropped, tokens)
             _log.info("group_dropped", group=drop.group.id, reason=drop.reason.value, longest=max(tokens))

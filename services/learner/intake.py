@@ -14,13 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from services.learner.admission import Fault, FormRules, Inspected, Judgement, inspect, judge
+from services.learner.disk_room import DiskRoom
 from services.learner.journal import Journal
 from services.learner.journal_rows import PURPOSE_EVAL, PURPOSE_TRAIN, First, GroupRow, RepeatRow
 from services.learner.leases import LeaseTable
 from services.learner.published import PublishedVersions
 from services.learner.sessions import Sampler, Sessions
 from services.learner.work import LeaseName, Work
-from services.runtime.errors import StorageError
+from services.runtime.errors import DiskFullError, StorageError
 from services.runtime.log import get_logger
 from services.wire.types import GroupEnvelope, LeasePurpose, ScoredGroup, Verdict, VerdictCode
 
@@ -95,6 +96,7 @@ class Intake:
         versions: PublishedVersions,
         leases: LeaseTable,
         sessions: Sessions,
+        room: DiskRoom,
         deliver: Callable[[Sequence[Accepted]], None],
         unix_ms: Callable[[], int],
     ) -> None:
@@ -105,6 +107,7 @@ class Intake:
         self._versions = versions
         self._leases = leases
         self._sessions = sessions
+        self._room = room
         self._deliver = deliver
         self._unix_ms = unix_ms
         self._queue: asyncio.Queue[_Entry] = asyncio.Queue(_QUEUE)
@@ -175,9 +178,13 @@ class Intake:
             ids: list[int] = []
             if draft.groups or draft.repeats or draft.resent:
                 ids = await self._journal.commit(draft.groups, draft.repeats, draft.resent)
+                self._room.written("groups")
         except StorageError as error:
             self._undo(draft)
-            _log.error("commit_failed", error=error, groups=len(arrivals))
+            if isinstance(error, DiskFullError):
+                self._room.refused("groups", error)
+            else:
+                _log.error("commit_failed", error=error, groups=len(arrivals))
             for entry in entries:
                 if not entry.future.done():
                     entry.future.set_exception(error)

@@ -82,11 +82,14 @@ class LeaseTable:
         self._around = around
         self._works = WorkList(order, rules.group_size, around.given_up)
         self._version = -1
+        self._recorded = 0
+        """Prompts below this number may be handed out: the journal knows of them."""
         self._changed = asyncio.Event()
 
     def restore(self, following: int, floor: int, answered: set[int]) -> None:
         """After a restart: prompts in [floor, following) that no group answered may be at work for one ttl more."""
         self._works.restore(following, floor, answered, self._clock() + self._rules.ttl_s)
+        self._recorded = following
 
     def advance(self, version: int) -> None:
         """A new version is out: there is room for more."""
@@ -129,10 +132,10 @@ class LeaseTable:
         while True:
             if reason := refused():
                 return Granted(leases=(), reason=reason)
-            changed, before = self._changed, self._works.following
+            changed = self._changed
             taken, reason, brief = self._take(sampler_id, session_epoch, max_leases, policy_version)
             if taken:
-                return await self._hand_out(taken, before)
+                return await self._hand_out(taken)
             if brief:
                 until = min(until, loop.time() + _VERSION_WAIT_S)
             left = until - loop.time()
@@ -141,15 +144,25 @@ class LeaseTable:
             if changed is self._changed:
                 await self.wait_for_change(min(left, self._next_expiry_s()))
 
-    async def _hand_out(self, taken: Sequence[Work], before: int) -> Granted:
+    async def _hand_out(self, taken: Sequence[Work]) -> Granted:
         leases = tuple(self._lease(work, work.holder) for work in taken if work.holder is not None)
         try:
-            if self._works.following > before:
-                await self._around.record(self._works.following, self._works.floor)
+            if (following := self._works.following) > self._recorded:
+                await self._around.record(following, self._works.floor)
+                self._recorded = max(self._recorded, following)
         except BaseException:
-            self._return(taken)
+            self._take_unheard(taken, leases)
             raise
         return Granted(leases=leases)
+
+    def _take_unheard(self, taken: Sequence[Work], leases: Sequence[Lease]) -> None:
+        """Back what nobody was told of: such a grant does not count, or a full disk would use them all up."""
+        pairs = zip(taken, leases, strict=True)
+        held = [work for work, lease in pairs if work.holder is not None and str(work.holder.lease) == lease.lease_id]
+        for work in held:
+            del work.granted_to[work.grants]
+            work.grants -= 1
+        self._return(held)
 
     def _take(
         self, sampler_id: str, session_epoch: int, max_leases: int, policy_version: int

@@ -1,8 +1,10 @@
 """What a run leaves to read: metrics.jsonl, one line per step or evaluation, and summary.json at its end."""
 
 import asyncio
+import errno
 import json
 import math
+import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,9 +48,17 @@ class Records:
                 self.records.append(record)
 
     def append(self, record: Record) -> None:
-        """Adds a line. A crash can cut the last line short; it is dropped at the next start."""
-        with storage_errors(f"write {self._path}"), self._path.open("ab") as file:
-            file.write(record.line())
+        """Adds a line, or raises StorageError and leaves the file as it was. A crash can cut the last line short; it is
+        dropped at the next start."""
+        with storage_errors(f"write {self._path}"), self._path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                line = record.line()
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
         self.records.append(record)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

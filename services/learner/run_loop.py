@@ -26,7 +26,7 @@ from services.learner.run_state import Activity, EvalPoint, RunState
 from services.learner.snapshots import Snapshots
 from services.learner.traffic import Traffic
 from services.learner.trainer import Trainer
-from services.runtime.errors import HeteroRLError
+from services.runtime.errors import HeteroRLError, StorageError
 from services.runtime.failpoints import hit
 from services.runtime.log import get_logger
 from services.wire.delta import Weights
@@ -113,7 +113,7 @@ class RunLoop:
             await self._skip(batch, step)
             return await self._take()
         self._nonfinite = 0
-        await p.plane.mark_trained(batch, step)
+        await p.plane.room.until_written("trained groups", lambda: p.plane.mark_trained(batch, step))
         hit("step.after_mark_trained")
         p.state.step = step
         p.state.mismatch.update(result.mismatch)
@@ -121,7 +121,11 @@ class RunLoop:
         p.trainer.published(step, weights)
         next_batch = await self._publish_and_take(self._publish(step, weights, comparison, result.metrics))
         if self._due(p.config.checkpoint.every_steps):
-            await self.checkpoint()
+            await self._published()
+            try:
+                await self.checkpoint()
+            except StorageError as error:  # the one before is still there, and the next may fit
+                _log.error("checkpoint_not_written", step=step, error=error)
         if self._due(p.config.eval.every_steps) and not self.finished:
             await self._published()
             self._evaluate_beside()
@@ -153,14 +157,21 @@ class RunLoop:
         self, step: int, weights: Weights, comparison: Comparison | None, metrics: dict[str, float]
     ) -> None:
         p = self._p
-        published = await p.publisher.publish(step, weights, comparison)
-        await p.plane.advance(step, published.root)
+        room = p.plane.room
+        published = await room.until_written("version", lambda: p.publisher.publish(step, weights, comparison))
+        await room.until_written("version", lambda: p.plane.advance(step, published.root))
         if published.update_bytes:
             p.state.ratios.append(published.delta_ratio)
         p.state.metrics = {**metrics, **_publish_metrics(published)}
-        p.records.append(Record(step=step, wall_s=p.state.wall_s, metrics=p.state.metrics))
+        await self._record(Record(step=step, wall_s=p.state.wall_s, metrics=p.state.metrics))
         if step % max(1, p.config.publish.keep_versions // 4) == 0:
             await p.planner.collect(p.model_objects)
+
+    async def _record(self, record: Record) -> None:
+        async def append() -> None:
+            self._p.records.append(record)
+
+        await self._p.plane.room.until_written("metrics", append)
 
     async def _take(self, beside: asyncio.Task[None] | None = None) -> TakenBatch | None:
         """The next batch; None where the run is at its end or was stopped. Time counts as waiting for groups once
@@ -187,7 +198,8 @@ class RunLoop:
     async def _skip(self, batch: TakenBatch, step: int) -> None:
         self._nonfinite += 1
         _log.error("step_not_finite", step=step, in_a_row=self._nonfinite)
-        await self._p.plane.drop_batch(batch, NONFINITE, step)
+        plane = self._p.plane
+        await plane.room.until_written("drops", lambda: plane.drop_batch(batch, NONFINITE, step))
         if self._nonfinite >= _MOST_NONFINITE:
             raise HeteroRLError(
                 f"{self._nonfinite} steps in a row had a loss or gradient that is not finite: lower optimizer.lr, and "
@@ -213,10 +225,12 @@ class RunLoop:
             data=p.plane.state(p.state.step),
             counters={"state": p.state.to_json(), "traffic": p.traffic.state()},
         )
-        path = await asyncio.to_thread(p.checkpoints.write, position, p.policy, p.trainer)
+        try:
+            path = await asyncio.to_thread(p.checkpoints.write, position, p.policy, p.trainer)
+        finally:
+            p.state.switch(before)
         self._saved_step = p.state.step
         _log.info("checkpoint_written", path=path, step=position.step)
-        p.state.switch(before)
 
     def _evaluate_beside(self) -> None:
         """Starts a round that training does not wait for; skipped where the last one still goes on."""
@@ -241,7 +255,9 @@ class RunLoop:
             return
         if gates:
             p.state.switch(Activity.EVALUATE)
-        opened: EvalRound = await p.plane.evaluate(p.eval_prompts, p.config.eval.samples)
+        opened: EvalRound = await p.plane.room.until_written(
+            "evaluation", lambda: p.plane.evaluate(p.eval_prompts, p.config.eval.samples)
+        )
         try:
             result = await unless_set(p.control.stopping, opened.result())
         finally:
@@ -263,7 +279,7 @@ class RunLoop:
             "eval_given_up": float(result.given_up),
             "eval_tokens": float(result.tokens),
         }
-        p.records.append(Record(step=result.policy_version, wall_s=p.state.wall_s, metrics=metrics))
+        await self._record(Record(step=result.policy_version, wall_s=p.state.wall_s, metrics=metrics))
         _log.info("evaluated", version=result.policy_version, accuracy=result.accuracy, prompts=result.prompts)
 
 

@@ -18,6 +18,7 @@ from heterorl.v1 import (
 )
 from services.learner.admin_service import AdminService
 from services.learner.control_service import ControlService
+from services.learner.disk_room import DiskRoom
 from services.learner.monitor_service import MonitorService
 from services.learner.rollout_service import RolloutService
 from services.learner.sessions import Sessions
@@ -74,6 +75,13 @@ class LearnerServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.address = bind(self._server, address, credentials)
         self._sessions: Sessions | None = None
+
+    async def show(self, room: DiskRoom) -> None:
+        """For ever: NOT_SERVING while groups cannot be written."""
+        while True:
+            full = await room.change()
+            status = health_pb2.HealthCheckResponse.NOT_SERVING if full else health_pb2.HealthCheckResponse.SERVING
+            await self._health.set("", status)
 
     def _is_denied(self, identity: Identity) -> bool:
         known = self._sessions

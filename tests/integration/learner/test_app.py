@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from services.learner import disk_room
 from services.learner.app import ADDRESS_NAME
+from services.runtime import failpoints
 from services.runtime.errors import UnavailableError
 from services.runtime.lifecycle import explain
 from services.runtime.log import get_logger
@@ -56,6 +58,29 @@ async def test_the_exported_policy_has_the_final_versions_bits(tmp_path: Path, p
     bits = torch.from_numpy(sampler.weights["model.embed_tokens.weight"].bits.view("int16"))
     assert torch.equal(exported, bits)
     assert "HeteroRL" in (directory / "README.md").read_text()
+
+
+async def test_a_full_disk_holds_a_run_up_and_ends_nothing(
+    tmp_path: Path, policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_room, "_RETRY_S", 0.05)
+    config = small_config(tmp_path, policy_dir, checkpoint={"every_steps": 2})
+    points = ("publish.before_objects", "publish.after_objects", "journal.before_mark_trained")
+    faults = [f"{point}=1*off->2*error(DiskFullError)->off" for point in points]
+    failpoints.arm("; ".join([*faults, "checkpoint.before_rename=1*error(DiskFullError)->off"]))
+    try:
+        async with running_learner(config) as learner:
+            sampler = await dial(learner.address, "eu-1", tmp_path / "sampler", first_digit)
+            await sampler.work()
+            await learner.ended
+            await sampler.close()
+    finally:
+        failpoints.arm("")
+    summary = json.loads((config.run.state_dir / "summary.json").read_text())
+    assert (summary["steps"], summary["groups_trained"]) == (3, 6)
+    lines = [json.loads(line)["step"] for line in (config.run.state_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3]
+    assert [path.name for path in (config.run.state_dir / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 async def test_a_signal_ends_it_with_a_checkpoint_and_the_next_start_goes_on(tmp_path: Path, policy_dir: Path) -> None:
