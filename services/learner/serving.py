@@ -33,7 +33,7 @@ STOP_GRACE_S = 5.0
 
 _METHODS: dict[str, tuple[str, ...]] = {
     "ControlService": ("Register", "Heartbeat", "LeasePrompts", "ReleaseLeases"),
-    "WeightService": ("WatchPolicy", "GetPlan", "FetchObject"),
+    "WeightService": ("WatchPolicy", "GetPlan", "FetchObject", "FollowUpdate"),
     "RolloutService": ("SubmitGroups",),
     "MonitorService": ("GetStatus", "WatchStatus", "WatchSteps"),
     "AdminService": ("DrainSampler", "EvictSampler", "Pause", "Resume", "Stop"),

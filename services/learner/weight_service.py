@@ -1,10 +1,13 @@
 """WeightService: announcements, plans, and the bytes of objects.
 
 WatchPolicy  ◄─ Publisher (latest wins)      GetPlan ◄─ Planner      FetchObject ◄─ ObjectStore (pread in a thread)
+FollowUpdate ◄─ Publisher, ObjectStore: what WatchPolicy names, unasked
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 
 import grpc
 
@@ -14,12 +17,12 @@ from services.learner.plans import Planner
 from services.learner.publisher import News, Publisher
 from services.learner.run_control import unless_set
 from services.learner.traffic import Traffic
-from services.runtime.errors import MismatchError, UnavailableError
+from services.runtime.errors import SessionLostError, UnavailableError
 from services.runtime.failpoints import hit
-from services.wire.convert import to_announcement, to_plan
+from services.wire.convert import to_announcement, to_object, to_plan
 from services.wire.interceptors import peer_identity
-from services.wire.objects import read_chunk
-from services.wire.types import Announcement, Coming
+from services.wire.objects import MAX_CHUNK_BYTES, read_chunk
+from services.wire.types import Announcement, Coming, ObjectRef
 
 STALL_S = 60.0
 """A receiver that takes nothing for this long is cut: it fetches again from where it was."""
@@ -27,6 +30,7 @@ STALL_S = 60.0
 _Watch = grpc.aio.ServicerContext[weights_pb2.WatchPolicyRequest, weights_pb2.WatchPolicyResponse]
 _Plan = grpc.aio.ServicerContext[weights_pb2.GetPlanRequest, weights_pb2.GetPlanResponse]
 _Fetch = grpc.aio.ServicerContext[weights_pb2.FetchObjectRequest, weights_pb2.FetchObjectResponse]
+_Follow = grpc.aio.ServicerContext[weights_pb2.FollowUpdateRequest, weights_pb2.FollowUpdateResponse]
 
 
 class WeightService(weights_pb2_grpc.WeightServiceServicer):
@@ -102,18 +106,58 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
             await self._traffic.pace(name, len(chunk.data))
             hit("fetch.before_chunk")
             message = weights_pb2.FetchObjectResponse(offset=offset, data=chunk.data, crc32c=chunk.crc32c)
-            try:
-                async with asyncio.timeout(self._stall_s):
-                    await context.write(message)
-            except TimeoutError:
-                raise UnavailableError(f"the receiver took nothing for {self._stall_s:.0f} s: fetch again") from None
+            async with self._unless_stalled():
+                await context.write(message)
             offset += len(chunk.data)
             if counts:
                 self._traffic.of(name).bytes_sent += len(chunk.data)
 
+    async def FollowUpdate(  # pyright: ignore[reportIncompatibleMethodOverride] - as FetchObject
+        self, request: weights_pb2.FollowUpdateRequest, context: _Follow
+    ) -> None:
+        """*Waits for* the update from a base to be made, and as FetchObject does; *produces* its small objects; ends
+        when the learner drains too."""
+        self._check_run(request.run_id)
+        name = peer_identity(context).id
+        sent: int | None = None
+        news: News | None = None
+        while (news := await unless_set(self._drain, self._publisher.wait_for_news(news))) is not None:
+            step = news.coming or news.version.update
+            if step is None or step.base_root != request.base_root:
+                if sent is not None or news.version.root != request.base_root:
+                    return
+                continue
+            sent = request.first if sent is None else sent
+            full_bytes = news.version.manifest.decoded.full_bytes
+            for ref in step.objects[sent:]:
+                self._traffic.planned(name, step.target_root, (ref.object_id,), full_bytes)
+                if ref.size_bytes <= MAX_CHUNK_BYTES:
+                    await self._send_whole(ref, name, context)
+            sent = len(step.objects)
+            if news.coming is None:
+                return
+
+    async def _send_whole(self, ref: ObjectRef, name: str, context: _Follow) -> None:
+        async with self._store.reading(ref.object_id) as opened:
+            data = await asyncio.to_thread(os.pread, opened.descriptor, ref.size_bytes, 0)
+            self._traffic.opened(name, ref.object_id)
+            await self._traffic.pace(name, len(data))
+            async with self._unless_stalled():
+                await context.write(weights_pb2.FollowUpdateResponse(object=to_object(ref), data=data))
+            self._traffic.of(name).bytes_sent += len(data)
+
+    @asynccontextmanager
+    async def _unless_stalled(self) -> AsyncGenerator[None]:
+        """For a write. Raises UnavailableError where the receiver takes nothing."""
+        try:
+            async with asyncio.timeout(self._stall_s):
+                yield
+        except TimeoutError:
+            raise UnavailableError(f"the receiver took nothing for {self._stall_s:.0f} s: fetch again") from None
+
     def _check_run(self, run_id: str) -> None:
         if run_id and run_id != self._run_id:
-            raise MismatchError(f"this learner serves run {self._run_id!r}, not {run_id!r}: check the address")
+            raise SessionLostError(f"this learner serves run {self._run_id!r}, not {run_id!r}: register again")
 
 
 def _since(told: News | None, news: News) -> Announcement:

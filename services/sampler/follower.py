@@ -3,7 +3,8 @@
     PolicyWatch ─► newest target ─► way to it ─► FetchObject ─► apply ─► root, signature, finite ─► engine.load
                    (older ones are skipped)         └ cut: resume      └ wrong: discard, keyframe, count
     way: the announced update, tried once, where it starts from what is held; else GetPlan(have root)
-    an update that starts from what is held is fetched and decoded from its first object on, while it is made (Arrivals)
+    an update that starts from what is held is fetched and decoded from its first object on, while it is made
+    (Arrivals); its small objects come without being asked for (PushedObjects)
 
 Guarantee: the engine never holds weights whose root is not that of a manifest with a good signature.
 """
@@ -38,6 +39,7 @@ from services.sampler.engine import Engine
 from services.sampler.object_cache import ObjectCache
 from services.sampler.plan_fetch import fetching, fetching_as_named
 from services.sampler.policy_watch import RETRIED, PolicyWatch
+from services.sampler.pushed import PushedObjects
 from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSource, WeightSources
 from services.wire.convert import from_plan
@@ -83,6 +85,7 @@ class Follower:
         self._run_id = run_id
         self._news = news
         self._decoding = Decoding(decode_workers)
+        self._pushed = PushedObjects(sources, cache, run_id)
         self._backoff = backoff or Backoff()
         self._held: HeldPolicy | None = None
         self._trying: Manifest | None = None
@@ -122,16 +125,23 @@ class Follower:
     async def follow(self, engine: Engine) -> None:
         """For ever: loads each target that differs from what the engine has; slow samplers skip versions."""
         await self._decoding.prepare(self.held.weights)
-        while True:
-            await self._watch.news()
-            before = self.held
-            if await self._try_to_catch_up() and (self.version, self.root) != (self.held.version, self.held.root):
-                await asyncio.sleep(self._delays.next_s())
-                in_engine = self.root == before.root
-                loaded = await self._load(engine, self.held)
-                if loaded and in_engine and before.weights is not self.held.weights:
-                    # An engine that kept the old version would still need it.
-                    await self._decoding.recycle(before.weights, self.held.weights)
+        try:
+            await self._expect_next()
+            while True:
+                await self._watch.news()
+                before = self.held
+                if not await self._try_to_catch_up():
+                    continue
+                await self._expect_next()
+                if (self.version, self.root) != (self.held.version, self.held.root):
+                    await asyncio.sleep(self._delays.next_s())
+                    in_engine = self.root == before.root
+                    loaded = await self._load(engine, self.held)
+                    if loaded and in_engine and before.weights is not self.held.weights:
+                        # An engine that kept the old version would still need it.
+                        await self._decoding.recycle(before.weights, self.held.weights)
+        finally:
+            await self._pushed.end()
 
     async def reached(self, version: int) -> None:
         """Waits until the engine generates with `version` or a later one."""
@@ -174,6 +184,13 @@ class Follower:
             raise error
         return False
 
+    async def _expect_next(self) -> None:
+        """The learner may send the next update as it is made, where what is held is the newest version."""
+        held, target = self.held, self._watch.target
+        if target is not None and target.root == held.root:
+            arrivals = self._ahead(held)
+            await self._pushed.follow(held.root, () if arrivals is None else arrivals.refs, target.full_bytes)
+
     def _refuse(self, error: InvalidWeightsError) -> None:
         """The version itself is bad."""
         self._tally.versions_refused += 1
@@ -205,7 +222,8 @@ class Follower:
         plan = announced or await self._plan(source, held, target)
         manifest = self._check_plan(plan, target, held)
         planned = time.monotonic()
-        async with fetching(self._cache, plan, self._tally, len(source.readers)) as fetch:
+        pushed = None if announced is None else self._pushed
+        async with fetching(self._cache, plan, self._tally, len(source.readers), pushed) as fetch:
             weights = await self._decoding.carry_out(plan, fetch, None if held is None else held.weights)
         plan_from = source.name if announced is None else "announcement"
         return self._fetched(source, plan, manifest, weights, plan_from, started, planned, fetch.last_came_s)
@@ -221,7 +239,8 @@ class Follower:
         started = time.monotonic()
         try:
             refs, channels = arrivals.refs, len(source.readers)
-            async with fetching_as_named(self._cache, refs, arrivals.target_version, self._tally, channels) as fetch:
+            version, pushed = arrivals.target_version, self._pushed
+            async with fetching_as_named(self._cache, refs, version, self._tally, channels, pushed) as fetch:
                 arrivals.tell(fetch.add)
                 weights = await self._decoding.while_it_is_made(arrivals, fetch, held.weights)
                 if arrivals.plan is None:

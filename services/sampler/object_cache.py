@@ -2,6 +2,7 @@
 
 state_dir/objects/<sha256>         whole and verified
 state_dir/objects/<sha256>…part    what has come so far (object_ranges.py): a cut fetch goes on from here
+state_dir/objects/<sha256>.pushed  one that nobody asked for, while it is written
 """
 
 import asyncio
@@ -80,6 +81,17 @@ class ObjectCache:
                 raise CorruptObjectError("a fetched object does not have its digest: a keyframe is fetched")
             failpoints.hit("fetch.before_rename")
             ranges[0].path.replace(path)
+
+    def put(self, ref: ObjectRef, data: bytes) -> None:
+        """Takes an object that nobody asked for, as it came: `fetch` finds out whether it is the one. Blocks.
+
+        Raises StorageError.
+        """
+        path = self._directory / ref.object_id
+        coming = path.with_name(f"{path.name}.pushed")
+        with storage_errors(f"write {coming}"):
+            coming.write_bytes(data)
+            coming.replace(path)
 
     def evict(self, keep: Collection[str]) -> None:
         """Removes the oldest files beyond max_bytes, and parts of objects that nobody wants; never those in `keep`,

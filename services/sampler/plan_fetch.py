@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from services.sampler.object_cache import ObjectCache
+from services.sampler.pushed import PushedObjects
 from services.sampler.tally import Tally
 from services.wire.types import FetchProgress, ObjectRef, Plan, PlanStep
 
@@ -33,10 +34,13 @@ _SPEED_WINDOW_S = 0.5
 class PlanFetch:
     """Made by `fetching` and `fetching_as_named`."""
 
-    def __init__(self, cache: ObjectCache, progress: "_Progress", channels: int) -> None:
+    def __init__(
+        self, cache: ObjectCache, progress: "_Progress", channels: int, pushed: PushedObjects | None = None
+    ) -> None:
         self._cache = cache
         self._progress = progress
         self._channels = channels
+        self._pushed = pushed
         self._refs: dict[str, ObjectRef] = {}
         self._waiting: deque[ObjectRef] = deque()
         self._begun = 0
@@ -87,11 +91,14 @@ class PlanFetch:
             # Many objects go whole, each by one channel; few are cut into a range for each channel.
             lane = None if len(self._refs) < self._channels else self._begun
             self._begun += 1
-            task = asyncio.create_task(
-                self._cache.fetch(ref, partial(self._received, ref), lane=lane, self_checked=True)
-            )
+            task = asyncio.create_task(self._fetch(ref, lane))
             self._under_way[ref.object_id] = task
             task.add_done_callback(partial(self._ended, ref))
+
+    async def _fetch(self, ref: ObjectRef, lane: int | None) -> Path:
+        if self._pushed is not None and await self._pushed.come(ref):
+            self._received(ref, ref.size_bytes)
+        return await self._cache.fetch(ref, partial(self._received, ref), lane=lane, self_checked=True)
 
     def _has_room(self) -> bool:
         most = min(_MOST_AHEAD_BYTES, max(_AHEAD_BYTES, int(_AHEAD_S * self._progress.pace)))
@@ -118,12 +125,15 @@ class PlanFetch:
 
 
 @asynccontextmanager
-async def fetching(cache: ObjectCache, plan: Plan, tally: Tally, channels: int) -> AsyncGenerator[PlanFetch]:
-    """Fetches while the block runs; `tally` hears of bytes and speed, and of the time until the last object came."""
+async def fetching(
+    cache: ObjectCache, plan: Plan, tally: Tally, channels: int, pushed: PushedObjects | None = None
+) -> AsyncGenerator[PlanFetch]:
+    """Fetches while the block runs; `tally` hears of bytes and speed, and of the time until the last object came.
+    `pushed`: who may be bringing them."""
     refs = [ref for step in plan.steps for ref in step.objects]
     cache.evict([ref.object_id for ref in refs])
     progress = _Progress(tally, plan.target.decoded.version)
-    fetch = PlanFetch(cache, progress, channels)
+    fetch = PlanFetch(cache, progress, channels, pushed)
     fetch.add(refs)
     try:
         yield fetch
@@ -133,11 +143,11 @@ async def fetching(cache: ObjectCache, plan: Plan, tally: Tally, channels: int) 
 
 @asynccontextmanager
 async def fetching_as_named(
-    cache: ObjectCache, refs: Iterable[ObjectRef], version: int, tally: Tally, channels: int
+    cache: ObjectCache, refs: Iterable[ObjectRef], version: int, tally: Tally, channels: int, pushed: PushedObjects
 ) -> AsyncGenerator[PlanFetch]:
     """As `fetching`; more objects are added in the block. While it waits for them nothing is being fetched."""
     cache.evict([ref.object_id for ref in refs])
-    fetch = PlanFetch(cache, _Progress(tally, version, growing=True), channels)
+    fetch = PlanFetch(cache, _Progress(tally, version, growing=True), channels, pushed)
     fetch.add(refs)
     try:
         yield fetch

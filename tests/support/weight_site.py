@@ -46,7 +46,7 @@ RUN_ID = "run"
 ANY_PORT = Address(host="127.0.0.1", port=0)
 RULES = {
     f"/heterorl.v1.WeightService/{method}": frozenset({Role.SAMPLER, Role.RELAY})
-    for method in ("WatchPolicy", "GetPlan", "FetchObject")
+    for method in ("WatchPolicy", "GetPlan", "FetchObject", "FollowUpdate")
 }
 Fetched = weights_pb2.FetchObjectResponse
 

@@ -358,6 +358,60 @@ class FetchObjectRequest(google.protobuf.message.Message):
 Global___FetchObjectRequest: typing_extensions.TypeAlias = FetchObjectRequest
 
 @typing.final
+class FollowUpdateRequest(google.protobuf.message.Message):
+    """Asks for an update's objects before they are made."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    BASE_ROOT_FIELD_NUMBER: builtins.int
+    FIRST_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run; empty means whichever this server serves."""
+    base_root: builtins.str
+    """Root digest of the weights that the caller holds."""
+    first: builtins.int
+    """Position of the first object wanted among those of the update that is being made: earlier ones are known already."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        base_root: builtins.str = ...,
+        first: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["base_root", b"base_root", "first", b"first", "run_id", b"run_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FollowUpdateRequest: typing_extensions.TypeAlias = FollowUpdateRequest
+
+@typing.final
+class FollowUpdateResponse(google.protobuf.message.Message):
+    """A whole object, at most 1 MiB: a larger one is not sent this way."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OBJECT_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """Its bytes."""
+    @property
+    def object(self) -> heterorl.v1.types_pb2.ObjectRef:
+        """Its name and size."""
+
+    def __init__(
+        self,
+        *,
+        object: heterorl.v1.types_pb2.ObjectRef | None = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["object", b"object"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["data", b"data", "object", b"object"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FollowUpdateResponse: typing_extensions.TypeAlias = FollowUpdateResponse
+
+@typing.final
 class FetchObjectResponse(google.protobuf.message.Message):
     """One chunk, at most 1 MiB."""
 

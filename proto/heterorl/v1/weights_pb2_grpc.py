@@ -50,6 +50,11 @@ class WeightServiceStub(object):
                 request_serializer=heterorl_dot_v1_dot_weights__pb2.FetchObjectRequest.SerializeToString,
                 response_deserializer=heterorl_dot_v1_dot_weights__pb2.FetchObjectResponse.FromString,
                 _registered_method=True)
+        self.FollowUpdate = channel.unary_stream(
+                '/heterorl.v1.WeightService/FollowUpdate',
+                request_serializer=heterorl_dot_v1_dot_weights__pb2.FollowUpdateRequest.SerializeToString,
+                response_deserializer=heterorl_dot_v1_dot_weights__pb2.FollowUpdateResponse.FromString,
+                _registered_method=True)
 
 
 class WeightServiceServicer(object):
@@ -80,6 +85,15 @@ class WeightServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FollowUpdate(self, request, context):
+        """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
+        question has to travel first. Ends when the update is complete, was given up, or no update from this base will come.
+        Whatever did not come this way is fetched. Only a learner offers it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +111,11 @@ def add_WeightServiceServicer_to_server(servicer, server):
                     servicer.FetchObject,
                     request_deserializer=heterorl_dot_v1_dot_weights__pb2.FetchObjectRequest.FromString,
                     response_serializer=heterorl_dot_v1_dot_weights__pb2.FetchObjectResponse.SerializeToString,
+            ),
+            'FollowUpdate': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowUpdate,
+                    request_deserializer=heterorl_dot_v1_dot_weights__pb2.FollowUpdateRequest.FromString,
+                    response_serializer=heterorl_dot_v1_dot_weights__pb2.FollowUpdateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +200,33 @@ class WeightService(object):
             '/heterorl.v1.WeightService/FetchObject',
             heterorl_dot_v1_dot_weights__pb2.FetchObjectRequest.SerializeToString,
             heterorl_dot_v1_dot_weights__pb2.FetchObjectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/heterorl.v1.WeightService/FollowUpdate',
+            heterorl_dot_v1_dot_weights__pb2.FollowUpdateRequest.SerializeToString,
+            heterorl_dot_v1_dot_weights__pb2.FollowUpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,11 @@ class WeightServiceStub:
     """Streams an object's bytes from an offset.
     Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an object id).
     """
+    FollowUpdate: grpc.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FollowUpdateRequest, heterorl.v1.weights_pb2.FollowUpdateResponse]
+    """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
+    question has to travel first. Ends when the update is complete, was given up, or no update from this base will come.
+    Whatever did not come this way is fetched. Only a learner offers it.
+    """
 
 @typing.type_check_only
 class WeightServiceAsyncStub(WeightServiceStub):
@@ -56,6 +61,11 @@ class WeightServiceAsyncStub(WeightServiceStub):
     FetchObject: grpc.aio.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FetchObjectRequest, heterorl.v1.weights_pb2.FetchObjectResponse]  # type: ignore[assignment]
     """Streams an object's bytes from an offset.
     Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an object id).
+    """
+    FollowUpdate: grpc.aio.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FollowUpdateRequest, heterorl.v1.weights_pb2.FollowUpdateResponse]  # type: ignore[assignment]
+    """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
+    question has to travel first. Ends when the update is complete, was given up, or no update from this base will come.
+    Whatever did not come this way is fetched. Only a learner offers it.
     """
 
 class WeightServiceServicer(metaclass=abc.ABCMeta):
@@ -89,6 +99,17 @@ class WeightServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[heterorl.v1.weights_pb2.FetchObjectResponse], collections.abc.AsyncIterator[heterorl.v1.weights_pb2.FetchObjectResponse]]:
         """Streams an object's bytes from an offset.
         Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an object id).
+        """
+
+    @abc.abstractmethod
+    def FollowUpdate(
+        self,
+        request: heterorl.v1.weights_pb2.FollowUpdateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[heterorl.v1.weights_pb2.FollowUpdateResponse], collections.abc.AsyncIterator[heterorl.v1.weights_pb2.FollowUpdateResponse]]:
+        """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
+        question has to travel first. Ends when the update is complete, was given up, or no update from this base will come.
+        Whatever did not come this way is fetched. Only a learner offers it.
         """
 
 def add_WeightServiceServicer_to_server(servicer: WeightServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,9 +1,7 @@
 """What is there of an update goes on its way while the rest is made; the version counts once it is announced."""
 
 import asyncio
-import threading
-from collections.abc import Generator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,11 @@ from heterorl.v1 import weights_pb2
 from services.runtime import failpoints
 from services.runtime.errors import StorageError
 from services.sampler.object_cache import ObjectCache
-from services.wire.delta import BitTensor, Weights, root_of
 from services.wire.delta import layout as layout_module
+from services.wire.delta import root_of
 from services.wire.types import ObjectRef
-from tests.support.weight_site import Following, LearnerSite, following, learner_site, relay_site, tampering
+from tests.support.gated_store import Gate, gated, own
+from tests.support.weight_site import Following, following, learner_site, relay_site, tampering
 from tests.unit.learner.weights_of_tests import make_weights, nudged
 
 PARTS = 5
@@ -26,34 +25,6 @@ PARTS = 5
 def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 2000)
     monkeypatch.setattr(layout_module, "PART_BYTES", 8000)
-
-
-class Gate:
-    """Lets a store keep so many objects, and then holds it."""
-
-    def __init__(self, site: LearnerSite, objects: int) -> None:
-        self._put = site.store.put
-        self._free = threading.Semaphore(objects)
-        self.kept: list[ObjectRef] = []
-
-    def put(self, data: bytes) -> ObjectRef:
-        assert self._free.acquire(timeout=20)
-        self.kept.append(self._put(data))
-        return self.kept[-1]
-
-    def open(self, objects: int = 1000) -> None:
-        self._free.release(objects)
-
-
-@contextmanager
-def gated(site: LearnerSite, objects: int) -> Generator[Gate]:
-    gate = Gate(site, objects)
-    site.store.put = gate.put  # type: ignore[method-assign]
-    try:
-        yield gate
-    finally:
-        gate.open()
-        del site.store.put
 
 
 class Fetches:
@@ -87,12 +58,6 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> Fetches:
 
     monkeypatch.setattr(ObjectCache, "fetch", fetch)
     return counter
-
-
-def own(weights: Weights) -> tuple[Weights, int, str]:
-    """Version 0 in memory of a sampler's own, which it uses again."""
-    copy = {name: BitTensor(dtype=old.dtype, shape=old.shape, bits=old.bits.copy()) for name, old in weights.items()}
-    return copy, 0, root_of(weights)
 
 
 async def test_what_is_made_is_fetched_before_the_version_is_announced(tmp_path: Path, fetches: Fetches) -> None:
