@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import types
 from contextlib import suppress
 
 EXIT_NO_NAMESPACES = 96
@@ -130,11 +131,16 @@ def _drop_privileges(isolated: bool) -> None:
 
 
 def _run(job: dict[str, object], results: int) -> None:
-    scope: dict[str, object] = {"__name__": "__main__"}
-    exec(compile(str(job["program"]), "program.py", "exec"), scope)
     calls, asserts = job["calls"], job["asserts"]
     assert isinstance(calls, list)
     assert isinstance(asserts, list)
+    # What is asked for its functions is imported: what stands under `if __name__ == "__main__"` does not run.
+    program = types.ModuleType("program" if calls or asserts else "__main__")
+    sys.modules[program.__name__] = program
+    scope = program.__dict__
+    # Without `site`, which is not imported here, these are missing.
+    scope["exit"] = scope["quit"] = sys.exit
+    exec(compile(str(job["program"]), "program.py", "exec"), scope)
     for function, arguments in calls:
         try:
             value = scope[function](*arguments)  # type: ignore[operator]
@@ -183,6 +189,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    # An ordinary end: threads of the program are waited for, and what it registered with atexit runs.
+    sys.exit(main())

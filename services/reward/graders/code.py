@@ -12,6 +12,7 @@ inside it, where a determined program can cheat: prefer the others.
 
 import json
 import re
+import textwrap
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,8 +26,10 @@ from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
 from services.runtime.errors import ScoreError
 
-_FENCE = re.compile(r"^```[ \t]*(?P<language>[\w+-]*)[ \t]*\n(?P<body>.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
-_PYTHON = ("", "python", "py", "python3")
+_FENCE = re.compile(
+    r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)(?:[ \t][^\n`]*)?\n(?P<body>.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE
+)
+_PYTHON = ("python", "py", "python3")
 
 
 class CodeOptions(Section):
@@ -144,9 +147,14 @@ class CodeGrader:
         return sandbox.run(program, limits)
 
     def _program(self, completion: str) -> str | None:
-        blocks = [match["body"] for match in _FENCE.finditer(completion) if match["language"].lower() in _PYTHON]
-        if blocks:
-            return blocks[-1] if blocks[-1].strip() else None
+        completion = completion.replace("\r\n", "\n")
+        blocks = [(match["language"].lower(), match["body"]) for match in _FENCE.finditer(completion)]
+        # A block without a language is the program only where no block says that it is Python: it may show the output.
+        programs = [body for language, body in blocks if language in _PYTHON] or [
+            body for language, body in blocks if not language
+        ]
+        if programs:
+            return textwrap.dedent(programs[-1]) if programs[-1].strip() else None
         if self._options.fence == "required" or "```" in completion:
             return None
         return completion if completion.strip() else None

@@ -52,6 +52,36 @@ def test_standard_output_is_compared_line_by_line() -> None:
     assert "SyntaxError" in grade(tests, "print(").reason
 
 
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "```python\r\ndef add(a, b):\r\n    return a + b\r\n```\r\n",
+        '```python title="add.py"\ndef add(a, b): return a + b\n```',
+        "1. The program:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n",
+        "```python\ndef add(a, b): return a + b\n```\nIt prints:\n```\n7\n```",
+        "<think>```python\ndef add(a, b): return 0\n```</think>\n```python\ndef add(a, b): return a + b\n```",
+    ],
+    ids=["CRLF", "words behind the language", "in a list", "its output in a block", "another one before"],
+)
+def test_a_program_is_found_in_the_forms_in_which_policies_write_it(completion: str) -> None:
+    assert grade(ADD, completion).reward == 1.0
+
+
+def test_what_runs_as_main_does_not_run_where_functions_are_asked_for() -> None:
+    program = "def add(a, b): return a + b\nif __name__ == '__main__':\n    print(add(int(input()), 1))"
+    assert grade(ADD, program).reward == 1.0
+    assert grade({"asserts": ["assert add(3, 4) == 7"]}, program).reward == 1.0
+    assert grade({"stdin": [{"in": "3", "out": "4"}]}, program).reward == 1.0
+
+
+def test_a_program_ends_like_any_other() -> None:
+    tests = {"stdin": [{"in": "", "out": "7"}]}
+    assert grade(tests, "print(7)\nexit()\nprint(8)").reward == 1.0
+    assert grade(tests, "import atexit\natexit.register(print, 7)").reward == 1.0
+    assert grade(tests, "import threading, time\nthreading.Timer(0.1, print, [7]).start()").reward == 1.0
+    assert grade(tests, "print(7)\nquit(1)").reward == 0.0
+
+
 def test_asserts_must_all_be_reached() -> None:
     tests = {"asserts": ["assert add(3, 4) == 7", "assert add(1, 1) == 2"]}
     assert grade(tests, "def add(a, b): return a + b").reward == 1.0
