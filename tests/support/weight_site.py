@@ -111,6 +111,9 @@ class OldWeightService(WeightService):
                 told = message.manifest.manifest
                 yield weights_pb2.WatchPolicyResponse(manifest=message.manifest)
 
+    async def FollowUpdate(self, request: weights_pb2.FollowUpdateRequest, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "unknown method")
+
 
 @asynccontextmanager
 async def learner_site(
