@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from services.runtime.errors import StorageError
+from services.runtime.errors import DiskFullError
 from services.runtime.log import get_logger
 from services.sampler.spool_file import SpoolFile
 from services.wire.types import GroupEnvelope
@@ -29,7 +29,8 @@ class Spool:
         self._thread = thread
         self.max_bytes = max_bytes
         """Budget of payload bytes."""
-        self._disk_full = False
+        self._refused = 0
+        """Groups that wait for room on the disk."""
         self.groups = 0
         """Groups on disk."""
         self.bytes = 0
@@ -72,32 +73,49 @@ class Spool:
 
     async def append(self, payload: bytes) -> int:
         """Returns the group's seq when it is durable. While the disk is full it waits and tries again: the group is
-        never lost, and `room` is clear meanwhile."""
-        while True:
-            try:
-                seq = await self._call(lambda: self._file.append(payload))
-            except StorageError as error:
-                await self._wait_for_disk(error)
-                continue
-            if self._disk_full:
-                _log.info("spool_writes_again")
-            self._disk_full = False
-            self.groups += 1
-            self.bytes += len(payload)
-            self.first_seq = self.first_seq or seq
-            self.next_seq = seq + 1
-            self._signal()
-            self.grew.set()
-            return seq
+        never lost, and `room` is clear meanwhile. Raises StorageError when the disk fails."""
+        seq = await self._append(payload)
+        self.groups += 1
+        self.bytes += len(payload)
+        self.first_seq = self.first_seq or seq
+        self.next_seq = seq + 1
+        self._signal()
+        self.grew.set()
+        return seq
+
+    async def _append(self, payload: bytes) -> int:
+        """Whoever waits for the disk tries again; a lease that is lost meanwhile ends it, and must not leave `room`
+        clear with nobody to try."""
+        waiting = False
+        try:
+            while True:
+                try:
+                    seq = await self._call(lambda: self._file.append(payload))
+                except DiskFullError as error:
+                    if not waiting:
+                        waiting = True
+                        self._wait_begins(error)
+                    await asyncio.sleep(_RETRY_S)
+                else:
+                    return seq
+        finally:
+            if waiting:
+                self._refused -= 1
+                self._signal()
+                _log.info("spool_waits_no_more", groups=self._refused)
 
     async def read_from(self, seq: int, max_bytes: int) -> list[GroupEnvelope]:
         """Groups in order from `seq`; one at least if there is one."""
         return await self._call(lambda: self._file.read_from(seq, max_bytes))
 
     async def delete_through(self, seq: int) -> None:
-        """Only an acknowledgement may lead here."""
+        """Only an acknowledgement may lead here. A disk too full even for that keeps the groups until the next one."""
         if self.first_seq and seq >= self.first_seq:
-            await self._call(lambda: self._file.delete_through(seq))
+            try:
+                await self._call(lambda: self._file.delete_through(seq))
+            except DiskFullError as error:
+                _log.warning("spool_cannot_forget", error=error)
+                return
             await self._measure()
 
     async def renumber(self) -> None:
@@ -117,17 +135,16 @@ class Spool:
         self._signal()
 
     def _signal(self) -> None:
-        full = self._disk_full or self.bytes >= self.max_bytes
+        full = self._refused > 0 or self.bytes >= self.max_bytes
         _switch(self.room, not full)
         _switch(self.empty, self.groups == 0)
         _switch(self.leasing_room, not full and self.bytes < _LEASING_SHARE * self.max_bytes)
 
-    async def _wait_for_disk(self, error: StorageError) -> None:
-        if not self._disk_full:
+    def _wait_begins(self, error: DiskFullError) -> None:
+        if not self._refused:
             _log.error("spool_cannot_write", error=error, retry_s=_RETRY_S)
-        self._disk_full = True
+        self._refused += 1
         self._signal()
-        await asyncio.sleep(_RETRY_S)
 
 
 def _switch(event: asyncio.Event, on: bool) -> None:

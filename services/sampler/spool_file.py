@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from services.runtime import failpoints
-from services.runtime.errors import StorageError
+from services.runtime.errors import DiskFullError, StorageError
 from services.runtime.files import sync_directory
 from services.runtime.log import get_logger
 from services.wire.types import GroupEnvelope
@@ -37,7 +37,9 @@ def uuid7(unix_ms: int, random_bytes: bytes) -> str:
 
 
 class SpoolFile:
-    """Groups in order of seq. Every method raises StorageError when the disk is full or fails."""
+    """Groups in order of seq. Every method raises DiskFullError when the disk is full, with nothing written, and
+    StorageError when it fails: the process must end then, since after a failed fsync the kernel may report the next one
+    as good though pages were lost."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -45,7 +47,10 @@ class SpoolFile:
         self.spool_id, self.run_id = self._db.execute("SELECT spool_id, run_id FROM meta").fetchone()
 
     def bind(self, run_id: str) -> None:
-        """Makes this the spool of `run_id`; the spool of another run is renamed and a new one begun."""
+        """Makes this the spool of `run_id`; the spool of another run is renamed and a new one begun. Writes nothing
+        where it is that: a full disk must not end a sampler that registers again."""
+        if self.run_id == run_id:
+            return
         if self.run_id not in ("", run_id):
             self._set_aside(f"run-{self.run_id}")
             self._db = self._open()
@@ -112,7 +117,7 @@ class SpoolFile:
             return self._connect()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
-                raise StorageError(f"cannot open {self._path}: {error}; free disk space or mend the disk") from error
+                raise _fault(f"cannot open {self._path}", error) from error
             _log.error("spool_damaged", path=self._path, error=error)
             self._rename("damaged")
             return self._connect()
@@ -153,8 +158,14 @@ class SpoolFile:
 
 @contextmanager
 def _storage(what: str) -> Generator[None]:
-    """Turns SQLite's errors into StorageError."""
+    """Turns SQLite's errors into DiskFullError or StorageError."""
     try:
         yield
     except sqlite3.Error as error:
-        raise StorageError(f"cannot {what} the spool: {error}; free disk space or mend the disk") from error
+        raise _fault(f"cannot {what} the spool", error) from error
+
+
+def _fault(failure: str, error: sqlite3.Error) -> StorageError:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        return DiskFullError(f"{failure}: {error}; free disk space")
+    return StorageError(f"{failure}: {error}; check the disk and who may write there")

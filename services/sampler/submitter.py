@@ -15,7 +15,14 @@ import grpc
 
 from heterorl.v1 import rollouts_pb2
 from services.runtime.backoff import Backoff
-from services.runtime.errors import BadInputError, ExhaustedError, HeteroRLError, ObjectGoneError, UnavailableError
+from services.runtime.errors import (
+    BadInputError,
+    DiskFullError,
+    ExhaustedError,
+    HeteroRLError,
+    ObjectGoneError,
+    UnavailableError,
+)
 from services.runtime.log import get_logger
 from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
@@ -29,7 +36,7 @@ if TYPE_CHECKING:  # generated stubs exist for type checkers only
 _log = get_logger("sampler.submitter")
 _READ_BYTES = 1 << 20
 _WELCOME_TIMEOUT_S = 20.0
-_RETRIED = (UnavailableError, ExhaustedError, BadInputError, ObjectGoneError)
+_RETRIED = (UnavailableError, ExhaustedError, BadInputError, ObjectGoneError, DiskFullError)
 _GOOD = (VerdictCode.ACCEPTED, VerdictCode.DUPLICATE)
 
 

@@ -1,10 +1,13 @@
+import asyncio
 import sqlite3
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from services.runtime import failpoints
+from services.runtime.errors import StorageError
 from services.sampler.spool import Spool
 from services.sampler.spool_file import uuid7
 
@@ -86,24 +89,77 @@ async def test_renumbering_starts_a_new_spool_id_at_one_and_keeps_the_groups(tmp
 
 
 async def test_a_full_disk_stops_generating_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.spool._RETRY_S", 0.01)
+    monkeypatch.setattr("services.sampler.spool._RETRY_S", 0.05)
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
-    rooms: list[bool] = []
-    wait = spool._wait_for_disk
-
-    async def watched(error: Exception) -> None:
-        await wait(error)
-        rooms.append(spool.room.is_set())
-
-    monkeypatch.setattr(spool, "_wait_for_disk", watched)
-    failpoints.arm("spool.before_commit=2*error(StorageError)->off")
+    failpoints.arm("spool.before_commit=2*error(DiskFullError)->off")
     try:
-        assert await spool.append(b"group") == 1
+        appending = asyncio.create_task(spool.append(b"group"))
+        rooms = {spool.room.is_set() async for _ in _turns(appending) if spool._refused}
+        assert await appending == 1
     finally:
         failpoints.arm("")
-    assert rooms == [False, False]
+    assert rooms == {False}
     assert spool.room.is_set()
     assert [e.payload for e in await spool.read_from(1, 100)] == [b"group"]
+    await spool.close()
+
+
+async def _turns(task: asyncio.Task[int]) -> AsyncIterator[None]:
+    """Of the loop, until the task is done."""
+    while not task.done():
+        await asyncio.sleep(0.005)
+        yield
+
+
+async def test_a_group_given_up_while_the_disk_is_full_leaves_room_for_the_next(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    failpoints.arm("spool.before_commit=1*error(DiskFullError)->off")
+    try:
+        appending = asyncio.create_task(spool.append(b"group"))
+        async for _ in _turns(appending):
+            if not spool.room.is_set():
+                appending.cancel()
+    finally:
+        failpoints.arm("")
+    assert appending.cancelled()
+    assert spool.room.is_set()
+    assert await spool.append(b"next") == 1
+    await spool.close()
+
+
+async def test_a_disk_that_fails_is_not_written_to_again(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    failpoints.arm("spool.before_commit=1*error(StorageError)->off")
+    try:
+        with pytest.raises(StorageError):
+            await spool.append(b"group")
+    finally:
+        failpoints.arm("")
+    await spool.close()
+
+
+async def test_a_disk_too_full_to_forget_keeps_the_groups_until_the_next_acknowledgement(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    await spool.bind("run")
+    for number in range(3):
+        await spool.append(b"group %d" % number)
+    failpoints.arm("spool.before_delete_commit=1*error(DiskFullError)->off")
+    try:
+        await spool.delete_through(1)
+        assert (spool.groups, spool.first_seq) == (3, 1)
+        await spool.delete_through(2)
+        assert (spool.groups, spool.first_seq) == (1, 3)
+    finally:
+        failpoints.arm("")
+    await spool.close()
+
+
+async def test_registering_again_writes_nothing(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    await spool.bind("run")
+    spool._file._db.execute("PRAGMA query_only = ON")
+    await spool.bind("run")
+    assert spool.run_id == "run"
     await spool.close()
 
 
