@@ -18,6 +18,8 @@ from services.wire.types import Prompt
 
 _PROMPT_KEYS = ("prompt", "question", "problem")
 _ANSWER_KEYS = ("answer", "solution")
+_MOST_BYTES = 2 << 20
+"""Of one prompt with everything beside it: half of the largest message."""
 
 _Record: TypeAlias = dict[str, object]
 
@@ -83,13 +85,14 @@ def _prompt(record: _Record, prompt_key: str, answer_key: str, index: int, place
     text = _text(record, prompt_key, place)
     answer = _text(record, answer_key, place)
     rest = {key: value for key, value in record.items() if key not in (prompt_key, answer_key)}
+    metadata = json.dumps(rest, sort_keys=True) if rest else ""
+    size = sum(len(part.encode()) for part in (text, answer, metadata))
+    if size > _MOST_BYTES:
+        raise BadInputError(
+            f"{place}: {size} bytes, at most {_MOST_BYTES} fit a message: drop keys that no grader needs"
+        )
     digest = hashlib.sha256(f"{len(text)}:{text}{answer}".encode()).hexdigest()
-    return Prompt(
-        prompt_id=f"{index}-{digest[:16]}",
-        text=text,
-        answer=answer,
-        metadata_json=json.dumps(rest, sort_keys=True) if rest else "",
-    )
+    return Prompt(prompt_id=f"{index}-{digest[:16]}", text=text, answer=answer, metadata_json=metadata)
 
 
 def _text(record: _Record, key: str, place: str) -> str:

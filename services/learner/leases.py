@@ -15,11 +15,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 
 from services.learner.admission import LeaseFacts, Standing
 from services.learner.dataset import PromptOrder
 from services.learner.pacing import Pacing
-from services.learner.work import Holder, LeaseName, Work, seed_of
+from services.learner.work import GRANT_BYTES, Holder, LeaseName, Work, seed_of
 from services.learner.work_list import WorkList
 from services.wire.types import Lease, LeasePurpose, Prompt
 
@@ -183,10 +184,14 @@ class LeaseTable:
             return [], "pacing", bool(self._works.eval_waiting())
         if policy_version + 1 < needed:  # one version behind is good enough: the lease makes the sampler wait for it
             return [], "pacing", True
-        share = self._share(self._pacing.rules.room) - mine
+        share, room_bytes = self._share(self._pacing.rules.room) - mine, GRANT_BYTES
         for _ in range(min(room, share, max_leases)):
             if (work := self._works.next_training()) is None:
                 return works, "" if works else "no_prompts", False
+            room_bytes -= work.size_bytes
+            if works and room_bytes < 0:
+                self._works.put_back([work])
+                break
             self._grant(work, sampler_id, session_epoch, needed)
             works.append(work)
         return works, "" if works else "pacing", False
@@ -194,7 +199,9 @@ class LeaseTable:
     def _choose_eval(self, sampler_id: str, max_leases: int, policy_version: int) -> list[Work]:
         mine = sum(work.holder is not None and work.holder.sampler_id == sampler_id for work in self._works.eval_open())
         share = max(0, min(self._share(len(self._works.eval_open())) - mine, max_leases))
-        return [w for w in self._works.eval_waiting() if policy_version + 1 >= w.min_eval_version][:share]
+        works = [w for w in self._works.eval_waiting() if policy_version + 1 >= w.min_eval_version][:share]
+        sizes = accumulate(work.size_bytes for work in works)
+        return [work for work, size in zip(works, sizes, strict=True) if work is works[0] or size <= GRANT_BYTES]
 
     def _share(self, total: int) -> int:
         """What one sampler may hold at once: a step, or an evaluation, ends when its slowest part does."""

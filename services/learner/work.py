@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from services.wire.types import LeasePurpose, Prompt
 
+GRANT_BYTES = 3 << 20
+"""Prompts of one answer to LeasePrompts: with what stands around them they fit a message of 4 MiB."""
 _LEASE_ID = re.compile(r"([1-9]\d{0,9})-(t\d{1,18}|e\d{1,9}\.\d{1,9})-(\d{1,9})", re.ASCII)
 
 
@@ -67,6 +69,12 @@ class Work:
     holder: Holder | None = None
     orphaned_until: float | None = None
     """After a restart of the learner: until then, whoever names it in a heartbeat has it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its prompt in a message."""
+        texts = (self.prompt.text, self.prompt.answer, self.prompt.metadata_json)
+        return sum(len(text.encode()) for text in texts)
 
     @property
     def is_out(self) -> bool:

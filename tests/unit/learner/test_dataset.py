@@ -57,6 +57,7 @@ def test_ids_are_stable_unique_and_change_with_the_content(tmp_path: Path) -> No
         ('{"prompt": "\\ud800", "answer": "x"}', "not valid Unicode"),
         (b"\xff\xfe", "not UTF-8"),
         ("[" * 100_000, "not JSON"),
+        (json.dumps({"prompt": "x", "answer": "y", "tests": "z" * (2 << 20)}), "at most 2097152 fit a message"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str | bytes, what: str) -> None:

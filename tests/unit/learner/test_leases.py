@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -161,6 +162,16 @@ async def test_a_prompt_whose_groups_came_too_late_is_granted_again_but_not_for_
         given.table.answer(lease.lease_id, "a")
         given.table.reopen([0])
     assert ids(await given.leases()) == ["p1"]
+
+
+async def test_one_answer_holds_no_more_prompts_than_fit_a_message() -> None:
+    given = Table(groups_per_step=5)
+    given.table.advance(0)
+    for work in (given.table._works._open_training(number) for number in range(4)):
+        work.prompt = replace(work.prompt, metadata_json="x" * (1 << 20))
+        given.table._works.put_back([work])
+    given.table._works.following = 4
+    assert [len(await given.leases(count=4)) for _ in range(2)] == [2, 4]  # 2 large, then 2 large and 2 small
 
 
 async def test_leases_that_cannot_be_recorded_are_not_granted() -> None:
