@@ -4,6 +4,7 @@ import argparse
 import asyncio
 
 from services.commands.connection import add_connection_arguments, tls_of
+from services.runtime.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not 0.1 <= arguments.interval <= 3600:
+        raise UsageError(f"--interval is {arguments.interval:g}, but must be from 0.1 to 3600 seconds")
     from services.monitor.top import watch
 
     asyncio.run(watch(arguments.learner, tls_of(arguments), arguments.interval, as_json=arguments.json))

@@ -1,8 +1,10 @@
 """A typed client of MonitorService."""
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import grpc
 
@@ -14,6 +16,10 @@ from services.wire.credentials import channel_credentials
 from services.wire.errors import from_rpc_error
 from services.wire.identity import Identity, Role
 from services.wire.tls import TlsFiles
+
+_T = TypeVar("_T")
+_TRIED_S = 1.0
+"""A call that fails sooner was turned away for a reason that time does not heal, such as an unknown host."""
 
 
 def dial(target: str, tls: TlsFiles | None, role: Role) -> grpc.aio.Channel:
@@ -34,11 +40,39 @@ class StepRecord:
     metrics: dict[str, float]
 
 
+async def answer_to(target: str, call: Callable[[float], Awaitable[_T]], timeout_s: float) -> _T:
+    """*Waits for* the answer to `call`, which gets the seconds that are left and must not wait for a connection, so
+    that it fails with gRPC's reason; it is tried anew until the time is up, since handshakes on a bad link take long.
+
+    Raises the errors of `services.wire.errors`, and UnavailableError with the reason for silence.
+    """
+    end_s = time.monotonic() + timeout_s
+    unreached: grpc.aio.AioRpcError | None = None
+    while True:
+        began_s = time.monotonic()
+        try:
+            return await call(end_s - began_s)
+        except grpc.aio.AioRpcError as error:
+            now_s = time.monotonic()
+            if (
+                error.code() is not grpc.StatusCode.UNAVAILABLE
+                or now_s - began_s < _TRIED_S
+                or end_s - now_s < _TRIED_S
+            ):
+                overdue = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                raise unanswered(target, unreached if overdue and unreached is not None else error) from None
+            unreached = error
+
+
 def unanswered(target: str, error: grpc.aio.AioRpcError) -> HeteroRLError:
-    """The error of a failed call; silence gets a sentence that names who is silent."""
-    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return UnavailableError(f"{target} does not answer: is it running, and do its certificates fit ours?")
-    return from_rpc_error(error)
+    """The error of a failed call; silence gets a sentence that names who is silent, and gRPC's reason if it has one."""
+    if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return from_rpc_error(error)
+    reason = error.details() if error.code() is grpc.StatusCode.UNAVAILABLE else None
+    return UnavailableError(
+        f"{target} does not answer: is it running, and do its certificates fit ours?"
+        + (f" ({reason})" if reason else "")
+    )
 
 
 class MonitorClient:
@@ -60,10 +94,11 @@ class MonitorClient:
 
     async def status(self, timeout_s: float = 10.0) -> monitor_pb2.RunStatus:
         """The state now."""
-        try:
-            response = await self._stub.GetStatus(monitor_pb2.GetStatusRequest(), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise unanswered(self._target, error) from None
+        response = await answer_to(
+            self._target,
+            lambda left_s: self._stub.GetStatus(monitor_pb2.GetStatusRequest(), timeout=left_s, wait_for_ready=False),
+            timeout_s,
+        )
         return response.status
 
     async def watch(self, interval_ms: int = 1000) -> AsyncIterator[monitor_pb2.RunStatus]:

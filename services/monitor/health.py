@@ -1,9 +1,8 @@
 """The standard gRPC health check, from the client's side."""
 
-import grpc
 from grpc_health.v1 import health_pb2
 
-from services.monitor.client import unanswered
+from services.monitor.client import answer_to
 from services.runtime.address import parse_target
 from services.wire.channel import open_channel
 from services.wire.credentials import channel_credentials
@@ -22,9 +21,11 @@ async def is_serving(address: str, tls: TlsFiles | None, timeout_s: float = 5.0)
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
-        response = await check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-    except grpc.aio.AioRpcError as error:
-        raise unanswered(address, error) from None
+        response = await answer_to(
+            address,
+            lambda left_s: check(health_pb2.HealthCheckRequest(), timeout=left_s, wait_for_ready=False),
+            timeout_s,
+        )
     finally:
         await channel.close()
     return response.status == health_pb2.HealthCheckResponse.SERVING

@@ -140,4 +140,10 @@ def test_a_process_without_certificates_says_how_to_get_them(folder: Path, words
 
 @pytest.mark.parametrize("verb", ["status", "why"])
 def test_monitoring_a_learner_that_is_not_there_is_one_sentence(folder: Path, verb: str):
-    assert "does not answer" in sentence_of(heterorl(folder, verb, "--learner", "127.0.0.1:9", "--insecure"), 69)
+    sentence = sentence_of(heterorl(folder, verb, "--learner", "127.0.0.1:9", "--insecure"), 69)
+    assert "does not answer" in sentence
+    assert "refused" in sentence
+
+
+def test_an_interval_that_is_no_time_is_refused(folder: Path):
+    assert "--interval" in sentence_of(heterorl(folder, "top", "--insecure", "--interval=nan"), 2)
