@@ -58,15 +58,19 @@ class Traffic:
         return True
 
     async def pace(self, name: str, size_bytes: int) -> None:
-        """*Waits for* the receiver's budget for `size_bytes` more; returns at once where there is no limit."""
+        """*Waits for* the receiver's budget for `size_bytes` more; returns at once where there is no limit; *on cancel*
+        these bytes are not counted."""
         if not self._bytes_per_s:
             return
         receiver = self.of(name)
-        now = self._clock()
+        now, takes_s = self._clock(), size_bytes / self._bytes_per_s
         start = max(now, receiver.free_at_s)
-        receiver.free_at_s = start + size_bytes / self._bytes_per_s
-        if start > now:
-            await asyncio.sleep(start - now)
+        receiver.free_at_s = start + takes_s
+        try:
+            await asyncio.sleep(max(0.0, start - now))
+        except asyncio.CancelledError:
+            receiver.free_at_s -= takes_s
+            raise
 
     @property
     def bytes_sent(self) -> int:

@@ -50,3 +50,15 @@ async def test_each_receiver_has_a_byte_budget_of_its_own() -> None:
         assert seconds > 0.095
     assert time.monotonic() - began < 0.28, "one after another they would take 0.3 s"
     assert traffic.of("a").free_at_s - began > 0.105
+
+
+async def test_what_a_receiver_gave_up_waiting_for_is_not_taken_from_its_budget() -> None:
+    """It asks again for less: where a chunk takes longer than its patience it would wait ever longer."""
+    traffic = Traffic(8.0, clock=lambda: 100.0)
+    await traffic.pace("a", 10_000)
+    for _ in range(5):
+        waiting = asyncio.create_task(traffic.pace("a", 500_000_000))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    assert abs(traffic.of("a").free_at_s - 100.01) < 1e-6
