@@ -118,7 +118,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.ReleaseLeasesRequest, context: _Release
     ) -> control_pb2.ReleaseLeasesResponse:
         session, _ = check_session(self._plane, context, request.session)
-        _log.info("leases_released", sampler_id=session.sampler_id, n=len(request.lease_ids), reason=request.reason)
+        n, reason = len(request.lease_ids), request.reason[:80]
+        _log.info("leases_released", sampler_id=session.sampler_id, n=n, reason=reason)
         self._plane.leases.release(session.sampler_id, request.lease_ids, request.reason)
         return control_pb2.ReleaseLeasesResponse()
 

@@ -20,6 +20,7 @@ CREDIT_BYTES = 8 << 20
 """Payload bytes that a sampler may have unacknowledged: what 1 Gbit/s carries in 67 ms; commits take less."""
 
 _MOST_SEQ = 1 << 62
+_MOST_PENDING = 1024
 
 
 class SubmitStream:
@@ -97,8 +98,11 @@ class SubmitStream:
             self.groups += 1
 
     async def _wait_for_credit(self, size: int) -> None:
-        """Flow control for whoever ignores its credit; a group larger than all credit passes alone."""
-        while self._unacknowledged_bytes and self._unacknowledged_bytes + size > self._credit_bytes:
+        """Flow control for whoever ignores its credit, or reads no Acks of empty groups; a group larger than all credit
+        passes alone."""
+        while len(self._pending) >= _MOST_PENDING or (
+            self._unacknowledged_bytes and self._unacknowledged_bytes + size > self._credit_bytes
+        ):
             self._room.clear()
             await self._room.wait()
 

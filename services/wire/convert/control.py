@@ -1,9 +1,15 @@
 """Run settings, leases and reports."""
 
+from itertools import islice
+
 from heterorl.v1 import control_pb2, types_pb2
 from services.runtime.errors import BadInputError
 from services.wire import types as t
 from services.wire.convert.shared import enum_of, from_object, to_object, to_session
+
+_MOST_CHARACTERS = 128
+_MOST_REASONS = 64
+"""What a sampler says of itself is kept and shown with that of all others, in one message: a status."""
 
 
 def to_sampling(settings: t.SamplingSettings) -> types_pb2.SamplingSettings:
@@ -119,7 +125,12 @@ def to_engine(engine: t.EngineInfo | None) -> control_pb2.EngineInfo | None:
 
 
 def from_engine(message: control_pb2.EngineInfo) -> t.EngineInfo:
-    return t.EngineInfo(kind=message.kind, version=message.version, device=message.device, dtype=message.dtype)
+    return t.EngineInfo(
+        kind=message.kind[:_MOST_CHARACTERS],
+        version=message.version[:_MOST_CHARACTERS],
+        device=message.device[:_MOST_CHARACTERS],
+        dtype=message.dtype[:_MOST_CHARACTERS],
+    )
 
 
 def to_heartbeat(session: t.Session, report: t.SamplerReport) -> control_pb2.HeartbeatRequest:
@@ -157,7 +168,7 @@ def from_heartbeat(message: control_pb2.HeartbeatRequest) -> t.SamplerReport:
     return t.SamplerReport(
         state=enum_of(t.SamplerState, message.state),
         policy_version=message.policy_version,
-        policy_root=message.policy_root,
+        policy_root=message.policy_root[:_MOST_CHARACTERS],
         lease_ids=tuple(message.lease_ids),
         spool_groups=message.spool_groups,
         spool_bytes=message.spool_bytes,
@@ -176,6 +187,8 @@ def from_heartbeat(message: control_pb2.HeartbeatRequest) -> t.SamplerReport:
         last_swap_pause_ms=message.last_swap_pause_ms,
         engine_restarts=message.engine_restarts,
         grader_restarts=message.grader_restarts,
-        groups_dropped=dict(message.groups_dropped),
+        groups_dropped={
+            reason[:_MOST_CHARACTERS]: count for reason, count in islice(message.groups_dropped.items(), _MOST_REASONS)
+        },
         engine=from_engine(message.engine) if message.HasField("engine") else None,
     )

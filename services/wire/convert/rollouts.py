@@ -1,8 +1,12 @@
 """Groups and verdicts."""
 
 from heterorl.v1 import rollouts_pb2, types_pb2
+from services.runtime.errors import BadInputError
 from services.wire import types as t
 from services.wire.convert.shared import enum_of, parse
+
+_MOST_COMPLETIONS = 1 << 16
+"""A message of 4 MiB can hold two million empty ones, which would take a gigabyte as objects."""
 
 
 def encode_group(group: t.ScoredGroup) -> bytes:
@@ -38,6 +42,8 @@ def encode_group(group: t.ScoredGroup) -> bytes:
 
 def decode_group(payload: bytes) -> t.ScoredGroup:
     message = parse(rollouts_pb2.ScoredGroup(), payload, "scored group")
+    if len(message.completions) > _MOST_COMPLETIONS:
+        raise BadInputError(f"a group of {len(message.completions)} completions is none")
     return t.ScoredGroup(
         lease_id=message.lease_id,
         prompt_id=message.prompt_id,

@@ -7,7 +7,9 @@ import grpc
 import pytest
 
 from heterorl.v1 import rollouts_pb2
+from services.learner import submit_stream
 from services.learner.admission import Fault
+from services.learner.submit_stream import SubmitStream
 from services.runtime.errors import BadInputError, FencedError, MismatchError, SessionLostError
 from services.wire.convert import to_session
 from services.wire.errors import from_rpc_error
@@ -245,6 +247,24 @@ async def test_a_sender_that_ignores_its_credit_is_held_back_and_loses_nothing(t
         assert stream.welcome.credit_bytes == 64
         verdicts = await stream.verdicts_for(*(envelope(n, group_for(lease)) for n, lease in enumerate(leases, 1)))
         assert [v.code for v in verdicts] == [VerdictCode.ACCEPTED] * 20
+
+
+async def test_a_sender_that_reads_no_acknowledgements_is_held_back_though_its_groups_are_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit_stream, "_MOST_PENDING", 3)
+    wait, seen = SubmitStream._wait_for_credit, list[int]()
+
+    async def watched(stream: SubmitStream, size: int) -> None:
+        await wait(stream, size)
+        seen.append(len(stream._pending))
+
+    monkeypatch.setattr(SubmitStream, "_wait_for_credit", watched)
+    async with running_learner(tmp_path) as learner, sampler(learner) as one:
+        stream = await one.open_stream()
+        verdicts = await stream.verdicts_for(*(envelope(n, b"") for n in range(1, 31)))
+        assert [v.seq for v in verdicts] == list(range(1, 31))
+    assert max(seen) <= 2  # and the one that is read
 
 
 async def test_the_books_balance_over_every_kind_of_verdict(tmp_path: Path) -> None:

@@ -139,6 +139,27 @@ def test_a_report_survives_the_wire_with_and_without_its_optional_parts():
     assert convert.from_session(convert.to_heartbeat(session, bare).session) == session
 
 
+def test_what_a_report_makes_the_learner_keep_is_bounded():
+    flood = "x" * 100_000
+    message = control_pb2.HeartbeatRequest(
+        state=types_pb2.SAMPLER_STATE_GENERATING,
+        policy_root=flood,
+        groups_dropped={f"{flood}{n}": 1 for n in range(1000)},
+        engine=control_pb2.EngineInfo(kind=flood, version=flood, device=flood, dtype=flood),
+    )
+    kept = convert.to_heartbeat(
+        t.Session(run_id="run", sampler_id="evil", learner_epoch=1, session_epoch=1), convert.from_heartbeat(message)
+    )
+    assert kept.ByteSize() < 20_000
+
+
+def test_a_million_empty_completions_are_refused_before_they_become_objects():
+    group = rollouts_pb2.ScoredGroup(purpose=types_pb2.LEASE_PURPOSE_TRAIN)
+    group.completions.extend([rollouts_pb2.Completion(finish_reason=1)] * 70_000)
+    with pytest.raises(BadInputError, match="70000 completions"):
+        convert.decode_group(group.SerializeToString())
+
+
 def test_verdicts_survive_the_wire():
     for verdict in (
         t.Verdict(seq=1, code=t.VerdictCode.ACCEPTED),
