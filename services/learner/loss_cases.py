@@ -43,14 +43,14 @@ def read_cases(path: Path) -> list[LossCase]:
     Raises InputMissingError where there is no file, and BadInputError, naming the case, for anything wrong in it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputMissingError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} cannot be read: {error}") from None
     try:
         content: object = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise BadInputError(f"{path} is not JSON: {error}") from None
     entries = cast("list[object]", content) if isinstance(content, list) else [content]
     if not entries:

@@ -54,6 +54,8 @@ def test_ids_are_stable_unique_and_change_with_the_content(tmp_path: Path) -> No
         ('{"prompt": "", "answer": "x"}', "not empty"),
         ('{"prompt": ["x"], "answer": "x"}', "must be text"),
         ('{"prompt": "x", "answer": true}', "must be text"),
+        ('{"prompt": "x", "answer": NaN}', "must be text"),
+        ('{"prompt": "x", "answer": ' + "1" * 5000 + "}", "not JSON"),
         ('{"prompt": "\\ud800", "answer": "x"}', "not valid Unicode"),
         (b"\xff\xfe", "not UTF-8"),
         ("[" * 100_000, "not JSON"),

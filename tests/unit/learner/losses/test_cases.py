@@ -168,6 +168,8 @@ def test_bad_input_is_one_sentence_that_names_the_case(
         ("[]", "holds no case"),
         ("[3]", "case 1 is not a JSON object"),
         ("[" * 100_000, "is not JSON"),
+        ("[" + "1" * 5000 + "]", "is not JSON"),
+        ("\ufeff[]", "holds no case"),
         ('{"loss": "gepo"}', 'case 1: "learner_logprobs" is missing'),
     ],
 )
