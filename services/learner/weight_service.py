@@ -119,15 +119,17 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         when the learner drains too."""
         self._check_run(request.run_id)
         name = peer_identity(context).id
-        sent: int | None = None
+        target_root, sent = "", request.first
         news: News | None = None
         while (news := await unless_set(self._drain, self._publisher.wait_for_news(news))) is not None:
             step = news.coming or news.version.update
             if step is None or step.base_root != request.base_root:
-                if sent is not None or news.version.root != request.base_root:
+                if target_root or news.version.root != request.base_root:
                     return
                 continue
-            sent = request.first if sent is None else sent
+            if target_root not in ("", step.target_root):
+                sent = 0  # the one before was given up
+            target_root = step.target_root
             full_bytes = news.version.manifest.decoded.full_bytes
             for ref in step.objects[sent:]:
                 self._traffic.planned(name, step.target_root, (ref.object_id,), full_bytes)
