@@ -2,19 +2,13 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.runtime.errors import ConfigError, InputMissingError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from services.lab.arena import Arena
-
-_TABLE_COLUMNS = 140
-"""Width of a table that no terminal shows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +82,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     from services.lab.replay import as_table, read_buckets, replay
     from services.lab.staleness import parse_contender
     from services.learner.data_plane import JOURNAL_FILE
+    from services.monitor.views import console
 
     if arguments.groups < 1:
         raise UsageError("--groups must be 1 or more")
@@ -102,15 +97,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([one.as_json() for one in found], allow_nan=False))
     else:
-        _console().print(as_table(found))
+        console().print(as_table(found))
     return 0
-
-
-def _console() -> "Console":
-    """A terminal's width is known; elsewhere nothing is cut."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else _TABLE_COLUMNS)
 
 
 def _make(folder: Path) -> None:
@@ -125,6 +113,7 @@ def _staleness(arguments: argparse.Namespace) -> int:
 
     from services.lab.staleness import Grid, finished, parse_contender, run_grid
     from services.lab.tables import as_table, compared, lines_of
+    from services.monitor.views import console
     from services.runtime.files import atomic_write
 
     if arguments.seeds < 1 or arguments.workers < 1:
@@ -157,7 +146,7 @@ def _staleness(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(text)
     else:
-        _console().print(as_table(lines, f"{arguments.task} task, {arguments.steps} steps: mean ±95 % interval"))
+        console().print(as_table(lines, f"{arguments.task} task, {arguments.steps} steps: mean ±95 % interval"))
     return 0
 
 

@@ -13,10 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from google.protobuf.json_format import MessageToJson
-    from rich.console import Console
 
     from services.monitor.client import MonitorClient
-    from services.monitor.views import render
+    from services.monitor.views import console, render
 
     tls = tls_of(arguments)
 
@@ -26,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(MessageToJson(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         else:
-            Console().print(render(status))
+            console().print(render(status))
 
     asyncio.run(show())
     return 0

@@ -1,8 +1,9 @@
 """Terminal views of a run's status, drawn with rich: one renderer for `heterorl top`, `status` and the demo."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -10,6 +11,8 @@ from rich.text import Text
 
 from heterorl.v1 import monitor_pb2, types_pb2
 
+_COLUMNS = 140
+"""Width where no terminal shows it."""
 _SPARKS = "▁▂▃▄▅▆▇█"
 _STATE_STYLE = {
     "GENERATING": "green",
@@ -28,6 +31,11 @@ def sparkline(values: Sequence[float], width: int = 48) -> str:
     low, high = min(tail), max(tail)
     span = (high - low) or 1.0
     return "".join(_SPARKS[min(7, int((value - low) / span * 8))] for value in tail)
+
+
+def console() -> Console:
+    """Standard output. A terminal's width is known; elsewhere nothing is cut."""
+    return Console(width=None if sys.stdout.isatty() else _COLUMNS)
 
 
 def human_bytes(count: float) -> str:
@@ -65,7 +73,8 @@ def samplers_table(status: monitor_pb2.RunStatus) -> Table:
     """A row for each sampler that the learner knows."""
     table = Table(expand=True, box=None, header_style="bold")
     for column in ("sampler", "state", "version", "lag", "tokens/s", "groups", "spool", "received", "restarts", "seen"):
-        table.add_column(column, justify="left" if column in ("sampler", "state") else "right")
+        left = column in ("sampler", "state")
+        table.add_column(column, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
     for sampler in status.samplers:
         report = sampler.report
         state = state_name(sampler.state)

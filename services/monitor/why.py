@@ -9,9 +9,8 @@ _DROPPED_WORTH_SAYING = 0.01
 
 def findings(status: monitor_pb2.RunStatus) -> list[str]:
     """Sentences, most important first; a healthy run yields the one that says so."""
-    found = [*_standstill(status), *_samplers(status), *_losses(status)]
-    if status.idle_share >= _IDLE_WORTH_SAYING:
-        found.insert(0, _idle(status))
+    standstill, causes = _standstill(status), [*_samplers(status), *_losses(status), *_lessons(status)]
+    found = [*standstill, *_idle(status, explained=bool(standstill or causes)), *causes]
     return found or [f"nothing stands in the way: the learner is {phase_name(status)}, idle {status.idle_share:.0%}"]
 
 
@@ -28,9 +27,12 @@ def _standstill(status: monitor_pb2.RunStatus) -> list[str]:
     return []
 
 
-def _idle(status: monitor_pb2.RunStatus) -> str:
+def _idle(status: monitor_pb2.RunStatus, *, explained: bool) -> list[str]:
+    if status.idle_share < _IDLE_WORTH_SAYING:
+        return []
     waiting = f"{status.groups_buffered} of {status.groups_per_step} groups wait, {status.leases_active} are leased"
-    return f"learner idle {status.idle_share:.0%}: it waits for groups ({waiting}); more or faster samplers help"
+    advice = "" if explained else "; more or faster samplers help"
+    return [f"learner idle {status.idle_share:.0%}: it waits for groups ({waiting}){advice}"]
 
 
 def _samplers(status: monitor_pb2.RunStatus) -> list[str]:
@@ -51,6 +53,12 @@ def _samplers(status: monitor_pb2.RunStatus) -> list[str]:
             sentences.append(
                 f"{name} stands still: its spool is full with {report.spool_groups} groups not acknowledged"
             )
+        made = report.groups_total + sum(report.groups_dropped.values())
+        sentences += [
+            f"{name} gave up {count} of {made} groups: {reason}; its log says why"
+            for reason, count in sorted(report.groups_dropped.items())
+            if count / made >= _DROPPED_WORTH_SAYING
+        ]
         if report.grader_restarts:
             sentences.append(f"{name}'s grader workers restarted {report.grader_restarts} times")
         if report.engine_restarts:
@@ -66,4 +74,14 @@ def _losses(status: monitor_pb2.RunStatus) -> list[str]:
         f"{count} groups ({count / total:.1%}) were dropped: {reason}"
         for reason, count in sorted(status.groups_dropped.items(), key=lambda item: -item[1])
         if total and count / total >= _DROPPED_WORTH_SAYING
+    ]
+
+
+def _lessons(status: monitor_pb2.RunStatus) -> list[str]:
+    groups, metrics = status.metrics.get("groups", 0.0), status.metrics
+    if not groups or metrics.get("groups_zero_variance", 0.0) < groups:
+        return []
+    return [
+        f"each of the last step's {groups:.0f} groups had one reward for all its completions (mean "
+        f"{metrics.get('reward_mean', 0.0):.3f}): there was nothing to learn from"
     ]

@@ -24,6 +24,30 @@ def test_an_idle_learner_cites_what_it_waits_for_first():
     assert findings(status)[0].startswith("learner idle 41%: it waits for groups (3 of 32 groups wait, 9 are leased)")
 
 
+def test_what_stands_in_the_way_comes_before_how_idle_the_learner_was_and_no_more_samplers_are_asked_for():
+    found = findings(monitor_pb2.RunStatus(phase=monitor_pb2.LEARNER_PHASE_PAUSED, idle_share=0.41))
+    assert "paused" in found[0]
+    assert "learner idle 41%" in found[1]
+    assert not any("more or faster samplers" in sentence for sentence in found)
+
+
+def test_groups_that_a_sampler_gave_up_are_told_with_the_reason():
+    report = control_pb2.HeartbeatRequest(groups_total=51, groups_dropped={"scoring_failed": 149, "bad_gold": 1})
+    (sentence,) = findings(monitor_pb2.RunStatus(samplers=[sampler(report=report)]))
+    assert sentence == "eu-1 gave up 149 of 201 groups: scoring_failed; its log says why"
+
+
+def test_a_step_whose_rewards_were_all_equal_is_told():
+    status = monitor_pb2.RunStatus(
+        samplers=[sampler()], metrics={"groups": 32, "groups_zero_variance": 32, "reward_mean": 1.0}
+    )
+    (sentence,) = findings(status)
+    assert "32 groups" in sentence
+    assert "nothing to learn" in sentence
+    status.metrics["groups_zero_variance"] = 31
+    assert "nothing stands in the way" in findings(status)[0]
+
+
 def test_a_fetch_in_progress_is_told_with_speed_and_time_left():
     report = control_pb2.HeartbeatRequest(
         fetch=control_pb2.FetchProgress(
