@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeAlias, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
@@ -137,10 +137,23 @@ def _annotation_at(tree: type[Section], key: KeyPath) -> Annotation:
     return annotation
 
 
+def _is_plain(annotation: Annotation) -> bool:
+    """Whether the type is known, and nothing can stand below it."""
+    return annotation is not None and all(
+        get_origin(arm) is Literal
+        or (get_origin(arm) is None and isinstance(arm, type) and not issubclass(arm, BaseModel | dict | Mapping))
+        for arm in arms(annotation)
+    )
+
+
 def _require_tables(tree: type[Section], layer: Mapping[KeyPath, Setting]) -> None:
-    """Raises ConfigError for `section = 3`. Before the layer is merged: a stronger one with a key of that section would
-    take its place, and nobody would hear of it."""
+    """Raises ConfigError for `section = 3`, and for a table under a key that holds a plain value. Before the layer is
+    merged: a stronger one with a key of that section, or that key, would take its place, and nobody would hear of it."""
     for key, setting in layer.items():
+        for above in (key[:depth] for depth in range(1, len(key) + isinstance(setting.value, dict))):
+            if _is_plain(_annotation_at(tree, above)):
+                name = ".".join(above)
+                raise ConfigError(f"{setting.place(above)}: {name} is a table, but must be a plain value")
         annotation = _annotation_at(tree, key)
         unset = setting.value is None and types.NoneType in arms(annotation)
         if section_of(annotation) is not None and not unset and not isinstance(setting.value, dict):

@@ -189,6 +189,22 @@ def test_what_stands_where_a_table_must_is_refused_whatever_stronger_layers_set(
     assert message.endswith("but must be a table")
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "environ"),
+    [
+        ("[optimizer.lr]\nx = 1", ["--optimizer.lr=0.1"], {}),
+        ("[optimizer.lr]", [], {"HETERORL_OPTIMIZER__LR": "0.1"}),
+        ("[tls.max_bytes.x.y]\nz = 1", ["--tls=none"], {}),
+    ],
+)
+def test_a_table_where_a_plain_value_must_stand_is_refused_whatever_stronger_layers_set(
+    tmp_path: Path, text: str, words: list[str], environ: dict[str, str]
+):
+    message = failure(tmp_path, 'model = "m"\n' + text, *words, **environ)
+    assert message.startswith("run.toml")
+    assert message.endswith("is a table, but must be a plain value")
+
+
 def test_a_stronger_layer_may_unset_an_optional_table_or_set_it_again(tmp_path: Path):
     text = 'model = "m"\n[tls]\nmax_bytes = 1\n'
     assert run(tmp_path, text, "--tls=none").value.tls is None
