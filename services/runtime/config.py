@@ -148,7 +148,7 @@ def _is_plain(annotation: Annotation) -> bool:
 
 def _require_tables(tree: type[Section], layer: Mapping[KeyPath, Setting]) -> None:
     """Raises ConfigError for `section = 3`, and for a table under a key that holds a plain value. Before the layer is
-    merged: a stronger one with a key of that section, or that key, would take its place, and nobody would hear of it."""
+    merged: a stronger one with a key of that section, or that key, would take its place, and nobody would hear."""
     for key, setting in layer.items():
         for above in (key[:depth] for depth in range(1, len(key) + isinstance(setting.value, dict))):
             if _is_plain(_annotation_at(tree, above)):
