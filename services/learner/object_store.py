@@ -118,6 +118,12 @@ class ObjectStore:
         if not opening.cancelled() and opening.exception() is None:
             self.close(opening.result())
 
+    def in_use(self) -> set[str]:
+        """Objects that are open, or were put or read lately."""
+        with self._lock:
+            now = self._clock()
+            return {*self._held, *(name for name, used in self._used_s.items() if now - used < GRACE_S)}
+
     def collect(self, keep: Iterable[str]) -> int:
         """Removes what is not in `keep`, not open, and not used for GRACE_S. Returns the bytes freed."""
         wanted = set(keep)

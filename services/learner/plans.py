@@ -17,6 +17,7 @@ from services.learner.config import PublishSection
 from services.learner.made_updates import MadeUpdates
 from services.learner.object_store import ObjectStore
 from services.learner.publisher import Publisher, Snapshot
+from services.learner.traffic import Traffic
 from services.learner.versions import Version, VersionFiles
 from services.runtime.errors import ObjectGoneError, UnavailableError
 from services.runtime.log import get_logger
@@ -63,16 +64,18 @@ class Planner:
                 return Plan(target=target.manifest, steps=tuple(steps))
             await self._close(broken)
 
-    async def collect(self, also_keep: Iterable[str]) -> None:
+    async def collect(self, also_keep: Iterable[str], traffic: Traffic) -> None:
         """*Waits for* the disk; *produces* free space: versions beyond publish.keep_versions and on-demand updates to
-        older versions are forgotten, and objects that nothing names are removed."""
+        older versions are forgotten, and objects that nothing names are removed, but those that some receiver of
+        `traffic` is on its way to."""
         async with self._changing:
             newest = self._publisher.latest.version
             oldest = newest.number - self._settings.keep_versions
             self._made.forget_older(newest.root)
             await asyncio.to_thread(self._versions.remove, [row for row in self._versions.rows if row <= oldest])
             named = {ref.object_id for step in self._roads() for ref in step.objects}
-            await asyncio.to_thread(self._store.collect, {*named, *self._made.sources, *also_keep})
+            on_the_way = traffic.companions(self._store.in_use())
+            await asyncio.to_thread(self._store.collect, {*named, *self._made.sources, *also_keep, *on_the_way})
 
     async def _steps(self, have_root: str, target: Version, newest: Snapshot) -> list[PlanStep]:
         path = shortest_path(self._roads(), have_root, target.root)

@@ -165,7 +165,7 @@ class RunLoop:
         p.state.metrics = {**metrics, **_publish_metrics(published)}
         await self._record(Record(step=step, wall_s=p.state.wall_s, metrics=p.state.metrics))
         if step % max(1, p.config.publish.keep_versions // 4) == 0:
-            await p.planner.collect(p.model_objects)
+            await p.planner.collect(p.model_objects, p.traffic)
 
     async def _record(self, record: Record) -> None:
         async def append() -> None:

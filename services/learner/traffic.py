@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 _REMEMBERED = 4096
@@ -42,6 +42,16 @@ class Traffic:
             planned.pop(object_id, None)  # to the end: what was planned longest ago is forgotten first
             planned[object_id] = (root, full_bytes)
         _forget_oldest(planned)
+
+    def companions(self, object_ids: Collection[str]) -> set[str]:
+        """All objects of the plans that some of these are fetched for: a receiver that takes one of them will ask for
+        the others, hours later on a slow link."""
+        found: set[str] = set()
+        for receiver in self._receivers.values():
+            planned = receiver.planned
+            roots = {planned[object_id][0] for object_id in object_ids if object_id in planned}
+            found.update(object_id for object_id, (root, _) in planned.items() if root in roots)
+        return found
 
     def opened(self, name: str, object_id: str) -> bool:
         """Counts a version, once per plan's target, and says whether the object belongs to weights."""

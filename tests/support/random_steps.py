@@ -85,7 +85,7 @@ async def random_steps(folder: Path, *, steps: int, seed: int) -> Outcome:
                 if draws.random() < 0.02:  # or they would skip nearly everything
                     await draws.choice(list(samplers.values())).reach(version)
                 if version % 50 == 0:
-                    await site.planner.collect(())
+                    await site.planner.collect((), site.traffic)
             roots = {name: await sampler.reach(steps, 60.0) for name, sampler in samplers.items()}
             return Outcome(
                 root=site.root,

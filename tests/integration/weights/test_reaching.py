@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from heterorl.v1 import weights_pb2
+from heterorl.v1.weights_pb2_grpc import WeightServiceStub
 from services.learner import made_updates
-from services.wire.delta import BitTensor, Weights, root_of
+from services.learner.object_store import GRACE_S
+from services.wire.delta import BitTensor, Weights, layout, root_of
 from services.wire.types import UpdateKind
 from tests.support.gate import Gate
-from tests.support.weight_site import LearnerSite, OldWeightService, following, learner_site
+from tests.support.weight_site import LearnerSite, OldWeightService, dial, following, learner_site
 from tests.unit.learner.weights_of_tests import make_weights, nudged
 
 
@@ -101,6 +104,31 @@ async def test_a_sampler_ahead_of_a_restored_learner_goes_back_with_one_plan(tmp
             other = await publish_after(restored, nudged(history[3], 99, 30), 3)
             await sampler.reach(4)
             assert sampler.follower.root == root_of(other[-1])
+
+
+async def test_the_rest_of_a_plan_is_kept_for_a_slow_sampler_that_is_at_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile other samplers join and get keyframes of newer versions, of which only the last one is kept."""
+    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 4096)
+    monkeypatch.setattr(layout, "PART_BYTES", 8192)
+    async with learner_site(tmp_path / "learner", keep_versions=2) as site, dial(site.address) as channel:
+        await site.publisher.publish(0, weights := make_weights(1))
+        stub = WeightServiceStub(channel)
+        plan = await stub.GetPlan(weights_pb2.GetPlanRequest())
+        refs = plan.steps[0].objects
+        assert len(refs) > 4
+        for version, ref in enumerate(refs, 1):
+            request = weights_pb2.FetchObjectRequest(object_id=ref.object_id)
+            assert sum([len(chunk.data) async for chunk in stub.FetchObject(request)]) == ref.size_bytes
+            await site.publisher.publish(version, weights := nudged(weights, version, 8000))
+            await site.planner.plan("", 0)
+            site.now_s[0] += 0.9 * GRACE_S
+            await site.planner.collect((), site.traffic)
+        site.now_s[0] += 2 * GRACE_S
+        await site.planner.collect((), site.traffic)
+        gone = [ref for ref in refs if not site.store.path_of(ref.object_id).exists()]
+        assert len(gone) == len(refs), "nobody is on the way to them any more"
 
 
 async def test_an_object_that_was_collected_under_way_leads_to_a_new_plan(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.learner import made_updates
+from services.learner.traffic import Traffic
 from services.runtime.errors import StorageError, UnavailableError
 from services.wire.delta import Weights, root_of
 from services.wire.delta import layout as layout_module
@@ -67,7 +68,7 @@ async def test_who_needs_nothing_made_and_the_collection_do_not_wait(tmp_path: P
     await folding.begun()
     async with asyncio.timeout(5):
         plan = await shop.planner.plan(root_of(history[4]), 0)
-        await shop.planner.collect(())
+        await shop.planner.collect((), Traffic(0.0))
     assert reaches(shop, plan, history[4], history[5])
     assert not far_behind.done()
     folding.open()
@@ -143,7 +144,7 @@ async def test_what_is_read_for_an_update_is_not_collected_meanwhile(tmp_path: P
     asking = asyncio.create_task(shop.planner.plan(root_of(history[0]), 0))
     await folding.begun()
     shop.now_s[0] = 1e6  # long after every use
-    await shop.planner.collect(())
+    await shop.planner.collect((), Traffic(0.0))
     assert sorted(shop.versions.rows) == [5, 6]
     folding.open()
     assert reaches(shop, await asking, history[0], history[6])

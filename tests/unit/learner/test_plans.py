@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from services.learner.plans import shortest_path, size_of
+from services.learner.traffic import Traffic
 from services.learner.versions import Version
 from services.runtime.errors import ObjectGoneError
 from services.wire.delta import Weights, root_of
@@ -120,7 +121,7 @@ async def test_collected_versions_are_gone_and_their_receivers_get_a_keyframe(tm
     history = await publish_history(shop, 6)
     shop.now_s[0] = 1e6  # long after every use
     before = len(list((tmp_path / "objects").glob("??/*")))
-    await shop.planner.collect(())
+    await shop.planner.collect((), Traffic(0.0))
     assert sorted(shop.versions.rows) == [5, 6]
     assert len(list((tmp_path / "objects").glob("??/*"))) == 2 < before
     with pytest.raises(ObjectGoneError, match="version 3"):
