@@ -336,4 +336,7 @@ class Intake:
         elif row.verdict is VerdictCode.INVALID:
             name = LeaseName.parse(row.lease_id)
             # A learner that was restored from a backup may not know what it said before: no sampler's fault.
+            before = sampler.quarantined
             sampler.invalid_streak += name is None or name.learner_epoch >= self._sessions.learner_epoch
+            if sampler.quarantined and not before:
+                _log.error("sampler_quarantined", sampler_id=sampler.sampler_id, until="it registers again")

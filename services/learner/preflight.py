@@ -10,8 +10,12 @@ from services.learner.model_files import read_model_files
 from services.runtime.address import Address, parse_listen, require_loopback
 from services.runtime.errors import ConfigError
 from services.runtime.log import get_logger
+from services.wire.channel import MESSAGE_BYTES
 from services.wire.credentials import server_credentials
 from services.wire.types import Prompt
+
+_TOKEN_BYTES = 7
+"""Of a completion's token in a message: 3 for its id, 4 for its log-prob."""
 
 _log = get_logger("learner.preflight")
 
@@ -44,9 +48,21 @@ def preflight(config: LearnerConfig) -> Inputs:
     train = Dataset.load(config.data.train, *keys)
     held_out = () if config.data.eval is None else Dataset.load(config.data.eval, *keys).prompts
     read_model_files(config.policy.path)
+    _warn_of_long_groups(config)
     return Inputs(
         address=address,
         credentials=credentials,
         train=train,
         eval_prompts=held_out[: config.eval.prompts],
     )
+
+
+def _warn_of_long_groups(config: LearnerConfig) -> None:
+    """A group travels as one message. Samplers give up those that do not fit, which are the longest: a bias."""
+    sampling = config.sampling
+    fits = MESSAGE_BYTES // (_TOKEN_BYTES * sampling.group_size)
+    if sampling.max_completion_tokens > fits:
+        _log.warning(
+            f"a group of {sampling.group_size} completions fits a message up to {fits} tokens each on average, and "
+            f"sampling.max_completion_tokens is {sampling.max_completion_tokens}: samplers give up longer groups"
+        )
