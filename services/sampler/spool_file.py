@@ -133,8 +133,11 @@ class SpoolFile:
                     db.execute("INSERT INTO meta VALUES (?, '')", (str(uuid.uuid4()),))
                     db.execute(f"PRAGMA user_version = {_FORMAT}")
                 sync_directory(self._path.parent)
-            if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
-                raise sqlite3.DatabaseError("quick_check found damage")
+            if (found := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found)
+            tables = "SELECT COUNT(*) FROM sqlite_master WHERE name IN ('meta', 'groups', 'sqlite_sequence')"
+            if db.execute(tables).fetchone()[0] < 3 or db.execute("SELECT COUNT(*) FROM meta").fetchone()[0] != 1:
+                raise sqlite3.DatabaseError("a table is missing")
         except BaseException:
             db.close()
             raise

@@ -72,6 +72,20 @@ async def test_a_damaged_file_is_set_aside_and_a_new_one_begun(tmp_path: Path) -
     assert _set_aside(tmp_path, "damaged").read_bytes().startswith(b"this is not")
 
 
+@pytest.mark.parametrize("damage", ["DROP TABLE meta", "DELETE FROM meta", "DROP TABLE groups"])
+async def test_a_file_that_lacks_a_part_is_set_aside_too(tmp_path: Path, damage: str) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    await spool.append(b"group")
+    await spool.close()
+    with sqlite3.connect(tmp_path / "spool.db") as raw:
+        raw.execute(damage)
+    raw.close()
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    assert (spool.groups, len(list(tmp_path.glob("spool.damaged.*")))) == (0, 1)
+    assert await spool.append(b"next") == 1
+    await spool.close()
+
+
 async def test_renumbering_starts_a_new_spool_id_at_one_and_keeps_the_groups(tmp_path: Path) -> None:
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
     for index in range(6):
