@@ -8,7 +8,7 @@ import pytest
 from services.runtime.errors import CorruptObjectError, InvalidWeightsError
 from services.wire.delta import BitTensor, EncodedUpdate, apply_update, encode_delta, fold, root_of
 from services.wire.delta import layout as layout_module
-from tests.unit.wire.delta.samples import model, nudged, same
+from tests.unit.wire.delta.samples import edited, model, nudged, same
 
 Policy = dict[str, BitTensor]
 
@@ -89,3 +89,9 @@ def test_xc_deltas_and_damaged_ones_are_refused() -> None:
     _, deltas = history([0.01, 0.01])
     with pytest.raises(CorruptObjectError):
         fold([deltas[0].parts, (deltas[1].parts[0][:-1],)])
+
+    def emptied(blocks: dict[str, bytes]) -> None:
+        blocks[next(name for name in blocks if "@" in name)] = b""
+
+    with pytest.raises(CorruptObjectError):
+        fold([deltas[0].parts, (edited(deltas[1].parts[0], entries=emptied), *deltas[1].parts[1:])])
