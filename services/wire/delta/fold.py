@@ -96,7 +96,7 @@ def _part_of(sources: Sequence[Source], shard: int) -> Part:
 def _fold_chunk(parts: Sequence[Part], chunk: Chunk) -> tuple[bytes, int]:
     """The payload that does what those of `parts` do one after another, and the number of changes."""
     payloads = [payload for part in parts if (payload := part.payloads.get(chunk.key)) is not None]
-    if any(payload[:1] == bytes((Encoding.XC,)) for payload in payloads):
+    if any(bytes(payload[:1]) == bytes((Encoding.XC,)) for payload in payloads):
         raise InvalidWeightsError("only sx deltas fold: keep those in the store")
     if not payloads:
         return b"", 0
