@@ -229,7 +229,7 @@ def _export(learner: Learner) -> None:
     newest = parts.publisher.latest
     evals = state.evals
     export_policy(
-        config.run.export_dir or config.run.state_dir / "policy",
+        config.run.policy_dir,
         parts.policy,
         newest.weights,
         Provenance(

@@ -1,9 +1,9 @@
 """The learner's configuration: `run.toml`. Every key's docstring is its documentation, units included."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from services.learner.losses.settings import LossSettings
 from services.runtime.address import ListenKey, OptionalListenKey
@@ -26,7 +26,13 @@ class RunSection(Section):
     resume: bool = True
     """Go on from the newest checkpoint in state_dir; false refuses to start on a folder that holds one."""
     export_dir: Path | None = None
-    """Where the final policy is written in Hugging Face format; unset writes it to state_dir/policy."""
+    """Where the final policy is written in Hugging Face format; unset writes it to state_dir/policy. An earlier export
+    there is replaced, anything else refused."""
+
+    @property
+    def policy_dir(self) -> Path:
+        """`export_dir` or its default."""
+        return self.export_dir or self.state_dir / "policy"
 
 
 class ListenSection(Section):
@@ -85,7 +91,7 @@ class SamplingSection(Section):
     """Nucleus bound; below 1 only with engines that report log-probs of the truncated distribution."""
     top_k: int = Field(default=0, ge=0)
     """Most likely tokens kept; 0 is off. Above 0 as for top_p."""
-    stop: list[str] = []
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     """Texts that end a completion."""
 
 
@@ -111,7 +117,7 @@ class GraderSection(Section):
 
     name: str = "math"
     """Registered grader; docs/rewards.md lists them."""
-    weight: float = 1.0
+    weight: float = Field(default=1.0, allow_inf_nan=False)
     """Factor of its score in the reward."""
     options: dict[str, JsonValue] = {}
     """The grader's own options."""
@@ -120,7 +126,7 @@ class GraderSection(Section):
 class StalenessSection(Section):
     """How old a group may be when it is trained."""
 
-    max_staleness: int = Field(default=8, ge=0)
+    max_staleness: int = Field(default=8, ge=0, le=1_000_000)
     """Most versions between a group's policy and the learner's when the group is trained; 0 is the online mode."""
     max_age_s: float = Field(default=0.0, ge=0)
     """Also drop groups that waited longer than this at the learner, in seconds; 0 is off."""
@@ -139,12 +145,15 @@ class BatchSection(Section):
     host memory, and a forward pass."""
 
 
+_Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
     """AdamW on float32 master weights."""
 
     lr: float = Field(default=1e-6, gt=0)
     """Learning rate after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's denominator guard."""
@@ -187,6 +196,14 @@ class LeaseSection(Section):
     """Pacing: groups out or waiting may reach (max_staleness × ahead + 1) × groups_per_step. The rest of the window is
     for links and swaps: at 1 the queue alone uses it up, and groups arrive stale."""
 
+    @model_validator(mode="after")
+    def _outlive_heartbeats(self) -> "LeaseSection":
+        if min(self.ttl_s, self.session_ttl_s) <= 1.2 * self.heartbeat_s:  # one may come 20 % late
+            raise ValueError(
+                "ttl_s and session_ttl_s must be more than 1.2 × heartbeat_s, or samplers that are well count as lost"
+            )
+        return self
+
 
 class CheckpointSection(Section):
     """Full state for restart."""
@@ -208,7 +225,7 @@ class LearnerConfig(Section):
     data: DataSection = DataSection()
     sampling: SamplingSection = SamplingSection()
     eval: EvalSection = EvalSection()
-    reward: list[GraderSection] = [GraderSection()]
+    reward: list[GraderSection] = Field(default=[GraderSection()], min_length=1)
     """The reward is the weighted sum of these graders."""
     staleness: StalenessSection = StalenessSection()
     batch: BatchSection = BatchSection()

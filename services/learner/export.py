@@ -1,13 +1,13 @@
 """The final policy as a Hugging Face directory: bf16 safetensors, config, tokenizer, chat template, model card."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.learner.export_folder import CARD_NAME, MARK, holds_export, replace_export
 from services.learner.policy import Policy
 from services.learner.tensor_file import save_tensors
 from services.runtime.files import storage_errors, sync_directory
@@ -32,10 +32,13 @@ class Provenance:
 
 
 def export_policy(directory: Path, policy: Policy, weights: Weights, provenance: Provenance) -> None:
-    """Writes `directory` as a whole or not at all, in place of an earlier export. Blocks. Raises StorageError.
+    """Writes `directory` as a whole or not at all, in place of an earlier export; leaves one of the same root alone.
+    Blocks. Raises StorageError, ConfigError where something else stands there.
 
     `weights` are the bits of the final version: what every sampler generated with, under the same names.
     """
+    if holds_export(directory, provenance.root):
+        return
     with storage_errors(f"export the policy to {directory}"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
@@ -43,9 +46,9 @@ def export_policy(directory: Path, policy: Policy, weights: Weights, provenance:
             for name, data in policy.files.items():
                 (temporary / name).write_bytes(_exported_config(data) if name == "config.json" else data)
             _write_weights(temporary, weights)
-            (temporary / "README.md").write_text(model_card(provenance))
+            (temporary / CARD_NAME).write_text(model_card(provenance))
             temporary.chmod(0o755)
-            _replace(directory, temporary)
+            replace_export(directory, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -81,17 +84,6 @@ def _write_weights(directory: Path, weights: Weights) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _replace(directory: Path, temporary: Path) -> None:
-    """A folder cannot be renamed over one that is not empty: the old one steps aside first."""
-    if not directory.exists():
-        os.rename(temporary, directory)
-        return
-    aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.old."))
-    os.rename(directory, aside / "old")
-    os.rename(temporary, directory)
-    shutil.rmtree(aside)
-
-
 def model_card(provenance: Provenance) -> str:
     """README.md of the export."""
     facts: Mapping[str, object] = {
@@ -108,7 +100,7 @@ def model_card(provenance: Provenance) -> str:
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [reinforcement-learning, heterorl]\n"
         "---\n\n"
-        f"# {provenance.run_id}, version {provenance.version}\n\nTrained with HeteroRL.\n\n| | |\n|---|---|\n{rows}\n"
+        f"# {provenance.run_id}, version {provenance.version}\n\n{MARK}\n\n| | |\n|---|---|\n{rows}\n"
     )
 
 

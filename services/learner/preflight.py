@@ -6,6 +6,7 @@ import grpc
 
 from services.learner.config import LearnerConfig
 from services.learner.dataset import Dataset
+from services.learner.export_folder import check_export_folder
 from services.learner.model_files import read_model_files
 from services.runtime.address import Address, parse_listen, require_loopback
 from services.runtime.errors import ConfigError
@@ -48,6 +49,7 @@ def preflight(config: LearnerConfig) -> Inputs:
     train = Dataset.load(config.data.train, *keys)
     held_out = () if config.data.eval is None else Dataset.load(config.data.eval, *keys).prompts
     read_model_files(config.policy.path)
+    check_export_folder(config.run.policy_dir)
     _warn_of_long_groups(config)
     return Inputs(
         address=address,

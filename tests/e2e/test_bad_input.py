@@ -76,6 +76,19 @@ def test_a_reference_answer_that_no_grader_can_read_is_named(folder: Path):
     assert "cannot be graded" in sentence
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("--run.export_dir=train.jsonl", "train.jsonl"),
+        ("--optimizer.betas=[0.9, 2]", "less than 1"),
+        ("--lease.heartbeat_s=60", "session_ttl_s"),
+        ("--reward=[]", "at least 1"),
+    ],
+)
+def test_what_could_not_go_well_is_said_before_the_run_begins(folder: Path, setting: str, says: str):
+    assert says in sentence_of(heterorl(folder, "learner", "-c", "run.toml", "--check", setting), 78)
+
+
 def test_an_unknown_grader_suggests_the_nearest_one(folder: Path):
     with (folder / "run.toml").open("a") as file:
         file.write('[[reward]]\nname = "maths"\n')
