@@ -1,10 +1,12 @@
 """A checkpoint holds everything: the steps after it are the same as without an interruption."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
+from services.lab.tiny_policy import character_tokenizer, save_policy, tiny_model
 from services.learner import tensor_file
 from services.learner.checkpoint import Checkpoints, Position
 from services.learner.config import OptimizerSection, PolicySection
@@ -12,8 +14,9 @@ from services.learner.losses.settings import LossSettings
 from services.learner.policy import Policy, load_policy
 from services.learner.trainer import Trainer, TrainerSettings
 from services.runtime import failpoints
-from services.runtime.errors import CorruptObjectError, DiskFullError, StorageError
+from services.runtime.errors import ConfigError, CorruptObjectError, DiskFullError, StorageError
 from services.wire.delta import root_of
+from tests.integration.learner.conftest import SMALL
 from tests.support.train_groups import train_group
 
 
@@ -96,6 +99,19 @@ def test_a_flipped_number_in_its_state_is_found(tmp_path: Path, policy_dir: Path
     state.write_text(text.replace(old, new))
     with pytest.raises(CorruptObjectError, match="does not have its digest"):
         checkpoints.restore(policy, trainer)
+
+
+@pytest.mark.parametrize("change", [{"layers": 3}, {"hidden_size": 48}])
+def test_a_checkpoint_of_another_model_is_told_apart_from_a_damaged_one(
+    tmp_path: Path, policy_dir: Path, change: dict[str, int]
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    policy, trainer = fresh(policy_dir)
+    checkpoints.write(at(1, policy, trainer), policy, trainer)
+    tokenizer = character_tokenizer()
+    save_policy(tmp_path / "other", tiny_model(tokenizer, replace(SMALL, **change), seed=1), tokenizer)
+    with pytest.raises(ConfigError, match=r"another model than policy\.path"):
+        checkpoints.restore(*fresh(tmp_path / "other"))
 
 
 def test_a_copy_beside_a_checkpoint_is_left_alone(tmp_path: Path, policy_dir: Path) -> None:

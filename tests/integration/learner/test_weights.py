@@ -8,7 +8,9 @@ import grpc
 import pytest
 
 from heterorl.v1 import weights_pb2
+from services.runtime.errors import SessionLostError
 from services.wire.convert import from_signed
+from services.wire.errors import from_rpc_error
 from services.wire.signing import verify
 from tests.support.learner_in_process import running_learner, small_config
 from tests.support.scripted_sampler import ScriptedSampler, dial
@@ -44,6 +46,16 @@ async def test_a_watcher_gets_the_newest_version_at_once_and_each_signed_one_aft
         assert (second.decoded.version, second.decoded.parent_root) == (1, first.decoded.root)
         verify(sampler.settings.manifest_public_key, second.manifest, second.signature)
         watch.cancel()
+        await sampler.close()
+
+
+async def test_a_sampler_of_another_run_is_told_to_register_again(tmp_path: Path, policy_dir: Path) -> None:
+    """And not that a setting is wrong: it would end for good, while its next start serves the new run."""
+    async with running_learner(small_config(tmp_path, policy_dir)) as learner:
+        sampler = await dial(learner.address, "eu-1", tmp_path / "s", no_reward)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await sampler.weights_stub.WatchPolicy(weights_pb2.WatchPolicyRequest(run_id="yesterday")).read()
+        assert isinstance(from_rpc_error(caught.value), SessionLostError)
         await sampler.close()
 
 
