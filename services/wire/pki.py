@@ -174,8 +174,18 @@ def _leaf(
     outcome = Outcome.RENEWED if files.certificate.exists() else Outcome.MADE
     key = ec.generate_private_key(ec.SECP256R1())
     end = min(now + LEAF_LIFE, authority.certificate.not_valid_after_utc)
-    write_pair(directory, name, issue(authority, identity, key.public_key(), hosts, now - _BACKDATE, end), key)
+    names = list(dict.fromkeys([*hosts, *_hosts_before(files)]))
+    write_pair(directory, name, issue(authority, identity, key.public_key(), names, now - _BACKDATE, end), key)
     return Made(name=name, outcome=outcome, expires=end)
+
+
+def _hosts_before(files: TlsFiles) -> list[str]:
+    """Host names of the certificate that is there: a renewal that forgot one would cut off who dials it."""
+    try:
+        names = alternative_names(parse_certificates(read_pem(files.certificate), files.certificate)[0])
+    except HeteroRLError:
+        return []
+    return [str(name.value) for name in names or () if isinstance(name, x509.DNSName | x509.IPAddress)]
 
 
 def _still_good(files: TlsFiles, identity: Identity, hosts: Sequence[str], now: datetime) -> datetime | None:

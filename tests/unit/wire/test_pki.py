@@ -21,6 +21,13 @@ def outcomes(directory: Path, samplers: list[str], hosts: list[str], now: dateti
     return {made.name: made.outcome.value for made in make_dev_pki(directory, samplers, hosts, now)}
 
 
+def hosts(directory: Path, name: str) -> list[str]:
+    names = alternative_names(x509.load_pem_x509_certificate((directory / f"{name}.pem").read_bytes()))
+    assert names is not None
+    addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    return [*names.get_values_for_type(x509.DNSName), *addresses]
+
+
 def test_a_new_folder_has_a_pair_for_everyone_and_private_keys(tmp_path: Path):
     directory = tmp_path / "pki"
     assert outcomes(directory, ["eu-1"], []) == dict.fromkeys(NAMES, "made")
@@ -43,15 +50,9 @@ def test_every_certificate_passes_the_check_of_its_side_with_its_role(tmp_path: 
 def test_only_those_that_serve_carry_host_names(tmp_path: Path):
     make_dev_pki(tmp_path, ["eu-1"], ["learner.example.org", "10.0.0.7"], NOW)
 
-    def hosts(name: str) -> list[str]:
-        names = alternative_names(x509.load_pem_x509_certificate((tmp_path / f"{name}.pem").read_bytes()))
-        assert names is not None
-        addresses = [str(address) for address in names.get_values_for_type(x509.IPAddress)]
-        return [*names.get_values_for_type(x509.DNSName), *addresses]
-
     expected = {"localhost", "learner.example.org", "127.0.0.1", "::1", "10.0.0.7"}
-    assert set(hosts("learner")) == set(hosts("relay")) == expected
-    assert hosts("eu-1") == hosts("admin") == []
+    assert set(hosts(tmp_path, "learner")) == set(hosts(tmp_path, "relay")) == expected
+    assert hosts(tmp_path, "eu-1") == hosts(tmp_path, "admin") == []
 
 
 def test_a_second_run_keeps_what_is_valid_byte_for_byte(tmp_path: Path):
@@ -73,6 +74,14 @@ def test_leaves_that_expire_soon_are_renewed_under_the_same_ca(tmp_path: Path):
     later = NOW + LEAF_LIFE - timedelta(days=1)
     assert outcomes(tmp_path, ["eu-1"], [], later) == dict.fromkeys(NAMES, "renewed") | {"ca": "kept"}
     assert check_to_dial(TlsFiles.in_directory(tmp_path, "eu-1"), later + LEAF_LIFE).identity.id == "eu-1"
+
+
+def test_a_renewal_keeps_the_host_names_that_nobody_repeated(tmp_path: Path):
+    make_dev_pki(tmp_path, [], ["learner.example.org", "10.0.0.7"], NOW)
+    make_dev_pki(tmp_path, [], ["fe80::7"], NOW)
+    make_dev_pki(tmp_path, [], [], NOW + LEAF_LIFE - timedelta(days=1))
+    named = ["localhost", "learner.example.org", "127.0.0.1", "::1", "10.0.0.7", "fe80::7"]
+    assert sorted(hosts(tmp_path, "learner")) == sorted(named)
 
 
 def test_a_leaf_never_outlives_its_ca(tmp_path: Path):
