@@ -64,7 +64,7 @@ class Decoding:
                     if weights is not None:
                         return weights
                 paths = await fetch.files(step)
-                before, base = base, await asyncio.to_thread(self._apply, step, paths, base, spare)
+                before, base = base, await asyncio.to_thread(self._apply, plan, step, paths, base, spare)
             except HeteroRLError:
                 self._spare = spare
                 raise
@@ -111,7 +111,14 @@ class Decoding:
             held, spare, base_root=base_root, target_root=target_root, workers=self._workers, level=level
         )
 
-    def _apply(self, step: PlanStep, paths: list[Path], base: Held | None, spare: Held | None) -> Held:
+    def _apply(self, plan: Plan, step: PlanStep, paths: list[Path], base: Held | None, spare: Held | None) -> Held:
         """One update, out of place: with `spare` no more memory than for one part. apply_update proves the root of
         what it returns."""
-        return apply_update(paths, base, expect_root=step.target_root, workers=self._workers, staging=spare)
+        return apply_update(
+            paths,
+            base,
+            expect_root=step.target_root,
+            expect_bytes=plan.target.decoded.full_bytes,
+            workers=self._workers,
+            staging=spare,
+        )

@@ -142,7 +142,7 @@ class ScriptedWeights(weights_pb2_grpc.WeightServiceServicer):
         else:
             update = encode_keyframe(weights, run_id=RUN_ID, version=version)
         self._keep(update)
-        manifest = manifest_of(version, root_of(weights))
+        manifest = manifest_of(version, root_of(weights), sum(tensor.nbytes for tensor in weights.values()))
         data = encode_manifest(manifest)
         signed = SignedManifest(manifest=data, signature=self._signer.sign(data), decoded=manifest)
         async with self._news:
@@ -198,15 +198,15 @@ class ScriptedWeights(weights_pb2_grpc.WeightServiceServicer):
             self.objects[hashlib.sha256(part).hexdigest()] = part
 
 
-def manifest_of(version: int, root: str) -> Manifest:
-    """Of a version of which only the root matters."""
+def manifest_of(version: int, root: str, full_bytes: int = 0) -> Manifest:
+    """Of a version of which only the root and the size matter."""
     return Manifest(
         run_id=RUN_ID,
         learner_epoch=1,
         version=version,
         root=root,
         parent_root="",
-        full_bytes=0,
+        full_bytes=full_bytes,
         parameters=0,
         changed=0,
         model_files_sha256="",

@@ -55,6 +55,7 @@ def apply_update(
     base: Weights | None,
     *,
     expect_root: str | None = None,
+    expect_bytes: int | None = None,
     workers: int = 1,
     staging: Weights | None = None,
 ) -> dict[str, BitTensor]:
@@ -65,12 +66,15 @@ def apply_update(
 
     Memory: the result, and one part at a time where the parts are paths. Raises WrongBaseError (sound update, other
     base: needs a new plan), CorruptObjectError (damaged: fetch again), InvalidWeightsError (another model). Nothing is
-    returned unless all of it is verified, and `expect_root`, where given, must be the update's target.
+    returned unless all of it is verified, and `expect_root`, where given, must be the update's target. `expect_bytes`,
+    where given, is what the weights take: a few bytes may claim any size, and it is refused before it is allocated.
     """
     whole = survey(parts)
     info = whole.info
     if expect_root is not None and expect_root != info.target_root:
         raise CorruptObjectError("the update leads to another root than its manifest says: fetch a keyframe")
+    if expect_bytes is not None and expect_bytes != info.full_bytes:
+        raise CorruptObjectError("the update is of weights of another size than its manifest says: fetch a keyframe")
     if info.kind is UpdateKind.DELTA:
         if base is None:
             raise WrongBaseError(f"this is a change of version {info.base_version}: give that version as its base")

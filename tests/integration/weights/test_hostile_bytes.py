@@ -1,13 +1,15 @@
 """Chunks and plans that are not what was asked for: found, never loaded, fetched again."""
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
 import pytest
 
 from heterorl.v1 import weights_pb2
-from services.wire.delta import root_of
+from services.wire.delta import BitTensor, encode_keyframe, root_of
 from tests.support.weight_site import Fetched, OldWeightService, Tampering, following, learner_site, tampering
 from tests.unit.learner.weights_of_tests import make_weights, nudged
 
@@ -158,6 +160,38 @@ async def test_a_relay_whose_plan_leads_elsewhere_spoils_neither_version_nor_cop
             service.plan = other_objects
             await site.publisher.publish(2, nudged(first, 2))
             assert await sampler.reach(2) == site.root
+            assert sampler.sources.fallbacks == 1
+            assert (sampler.tally.versions_refused, sampler.tally.keyframes_refetched) == (0, 0)
+
+
+async def test_a_relay_that_sends_a_few_bytes_for_a_gigabyte_costs_no_memory(tmp_path: Path) -> None:
+    """A sound keyframe of other weights, on the way to the right ones."""
+    size = 64 << 20
+    bomb = encode_keyframe(
+        {"a": BitTensor(dtype="U8", shape=(size,), bits=np.zeros(size, np.uint8))}, run_id="run", version=0
+    )
+    learner = learner_site(tmp_path / "learner", kind=OldWeightService)
+    async with learner as site, tampering(site.address) as (relay, service):
+        await site.publisher.publish(0, weights := make_weights(1))
+        ref = site.store.put(bomb.parts[0])
+        async with following(tmp_path / "s", site.address, site.public_key, relay=relay) as sampler:
+
+            def by_way_of_others(plan: weights_pb2.GetPlanResponse) -> weights_pb2.GetPlanResponse:
+                plan.steps[0].base_root = bomb.info.target_root
+                way = weights_pb2.PlanStep(kind=weights_pb2.UPDATE_KIND_KEYFRAME, target_root=bomb.info.target_root)
+                way.objects.add(object_id=ref.object_id, size_bytes=ref.size_bytes)
+                plan.steps.insert(0, way)
+                return plan
+
+            service.plan = by_way_of_others
+            tracemalloc.start()
+            try:
+                await site.publisher.publish(1, nudged(weights, 1))
+                assert await sampler.reach(1) == site.root
+                peak_bytes = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert peak_bytes < size / 4
             assert sampler.sources.fallbacks == 1
             assert (sampler.tally.versions_refused, sampler.tally.keyframes_refetched) == (0, 0)
 
