@@ -16,6 +16,8 @@ from services.runtime.log import get_logger
 METRICS_NAME = "metrics.jsonl"
 SUMMARY_NAME = "summary.json"
 
+_READ_BYTES = 1 << 16
+
 _log = get_logger("learner.records")
 
 
@@ -34,22 +36,15 @@ class Record:
 
 
 class Records:
-    """metrics.jsonl on disk and in memory; many may follow it. `append` blocks for one short write."""
+    """metrics.jsonl; many may follow it. Nothing of it stays in memory: a run may have a million steps."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed = asyncio.Event()
-        self.records: list[Record] = []
-        with storage_errors(f"read {path}"):
-            text = path.read_bytes() if path.is_file() else b""
-        for line in text.splitlines():
-            record = _parse(line)
-            if record is not None:
-                self.records.append(record)
 
     def append(self, record: Record) -> None:
-        """Adds a line, or raises StorageError and leaves the file as it was. A crash can cut the last line short; it is
-        dropped at the next start."""
+        """Adds a line, or raises StorageError and leaves the file as it was. Blocks for one short write. A crash can
+        cut the last line short; it is dropped at the next start."""
         with storage_errors(f"write {self._path}"), self._path.open("ab", buffering=0) as file:
             before = file.tell()
             try:
@@ -59,27 +54,37 @@ class Records:
             except OSError:
                 file.truncate(before)
                 raise
-        self.records.append(record)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
     def rewind_to(self, step: int) -> None:
         """Forgets what came after `step`: the learner was restored, and takes those steps again."""
-        self.records = [record for record in self.records if record.step <= step]
-        atomic_write(self._path, b"".join(record.line() for record in self.records))
+        with storage_errors(f"read {self._path}"):
+            text = self._path.read_bytes() if self._path.is_file() else b""
+        records = (_parse(line) for line in text.splitlines())
+        kept = [record.line() for record in records if record is not None and record.step <= step]
+        atomic_write(self._path, b"".join(kept))
 
     async def follow(self, from_step: int) -> AsyncIterator[Record]:
         """*Consumes* nothing; *waits for* new records; *produces* all from `from_step` on, in order; endless;
-        *on cancel* nothing is lost."""
+        *on cancel* nothing is lost. Call `rewind_to` first. Raises StorageError."""
         position = 0
         while True:
             changed = self._changed
-            while position < len(self.records):
-                record = self.records[position]
-                position += 1
-                if record.step >= from_step:
+            lines = self._lines(position)
+            for line in lines:
+                position += len(line)
+                record = _parse(line)
+                if record is not None and record.step >= from_step:
                     yield record
-            await changed.wait()
+            if not lines:
+                await changed.wait()
+
+    def _lines(self, position: int) -> list[bytes]:
+        """Some whole lines from there on; none at the end."""
+        with storage_errors(f"read {self._path}"), self._path.open("rb") as file:
+            file.seek(position)
+            return [line for line in file.readlines(_READ_BYTES) if line.endswith(b"\n")]
 
 
 def _parse(line: bytes) -> Record | None:
