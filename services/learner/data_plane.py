@@ -28,7 +28,7 @@ from services.learner.published import Origin, PublishedVersions
 from services.learner.sessions import Sessions
 from services.learner.tally import Tally
 from services.learner.work import Work
-from services.runtime.errors import ConfigError
+from services.runtime.errors import BadInputError, ConfigError
 from services.runtime.log import get_logger
 from services.wire.convert import decode_group
 from services.wire.types import LeasePurpose, Prompt, ScoredGroup
@@ -70,6 +70,7 @@ class DataPlane:
         self._in_training: dict[int, int] = {}
         self._step = 0
         self._background: set[asyncio.Task[None]] = set()
+        self._all_unusable = asyncio.Event()
         self.versions = PublishedVersions(recovered.versions)
         self.sessions = Sessions(
             run_id=settings.run_id,
@@ -146,8 +147,11 @@ class DataPlane:
         await self._journal.close()
 
     async def run(self) -> None:
-        """For ever; a task of the process. Raises StorageError when the journal is not to be trusted any more."""
-        ends = [asyncio.ensure_future(work) for work in (self.intake.run(), self._journal.fail())]
+        """For ever; a task of the process. Raises StorageError when the journal is not to be trusted any more, and
+        BadInputError when samplers can use no prompt of the data set."""
+        ends = [
+            asyncio.ensure_future(work) for work in (self.intake.run(), self._journal.fail(), self._fail_unusable())
+        ]
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for end in done:
@@ -156,6 +160,13 @@ class DataPlane:
             for end in ends:
                 end.cancel()
             await asyncio.gather(*ends, return_exceptions=True)
+
+    async def _fail_unusable(self) -> None:
+        await self._all_unusable.wait()
+        raise BadInputError(
+            f"samplers can use no prompt of {self._train.path}: each is longer than data.max_prompt_tokens, or its "
+            "reference answer cannot be graded (leases_released above says which)"
+        )
 
     async def flush(self) -> None:
         """Waits until every group submitted until now is durable."""
@@ -311,6 +322,8 @@ class DataPlane:
         _log.warning("prompt_given_up", prompt_id=work.prompt.prompt_id, purpose=work.purpose.name, grants=work.grants)
         if work.purpose is LeasePurpose.EVAL:
             self.evaluation.give_up(work.eval_round, work.eval_index)
+        elif self.leases.all_unusable:
+            self._all_unusable.set()
 
     async def _on_drop(self, dropped: tuple[Dropped, ...]) -> None:
         """Goes on when the caller is cancelled: these groups are in the buffer no more."""

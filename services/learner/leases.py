@@ -110,6 +110,11 @@ class LeaseTable:
                 await self._changed.wait()
 
     @property
+    def all_unusable(self) -> bool:
+        """No sampler could answer any prompt of the data set: no training lease will be granted any more."""
+        return self._works.all_unusable
+
+    @property
     def active(self) -> int:
         """Leases out now, evaluation included."""
         return sum(work.is_out for work in self._works)

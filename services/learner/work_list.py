@@ -35,6 +35,11 @@ class WorkList:
         return self._open.get(key)
 
     @property
+    def all_unusable(self) -> bool:
+        """No sampler could answer any prompt of the data set."""
+        return len(self._unusable) == len(self._order)
+
+    @property
     def floor(self) -> int:
         """Training prompts below this number are answered or given up."""
         return min((work.number for work in self if work.purpose is LeasePurpose.TRAIN), default=self.following)

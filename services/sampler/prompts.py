@@ -25,7 +25,7 @@ class PromptCodec:
             messages.insert(0, {"role": "system", "content": self._system_prompt})
         try:
             rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # what a template computes
             raise ConfigError(f"the chat template fails on a prompt: {error}") from error
         # The template writes the special tokens itself: adding them again would double the first one.
         ids = self._tokenizer(str(rendered), add_special_tokens=False)["input_ids"]

@@ -8,6 +8,7 @@ acknowledged.
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _LEASE_WAIT_MS = 10_000
 _LEASE_TIMEOUT_S = 20.0
 _RELEASE_TIMEOUT_S = 5.0
 _GENERATE_ATTEMPTS = 3
+_OUR_FAULTS = ("generation_failed", "scoring_failed")
 _ASK_WHY = ("paused", "draining")
 """Reasons of LeasePromptsResponse that a heartbeat's answer explains."""
 _PAYLOAD_BYTES = MESSAGE_BYTES - 4096
@@ -93,6 +95,8 @@ class Rollout:
         self._delays = delays
         self._delayed = 0
         self._hurry = asyncio.Event()
+        self._failing = Backoff()
+        """A sampler that can make no group would else use up, by the hundred a second, the tries that prompts have."""
         self._generating = asyncio.Semaphore(limits.generating)
         self._scoring = asyncio.Semaphore(limits.scoring)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -195,9 +199,12 @@ class Rollout:
         try:
             seq = await self._make_group(lease)
             self._spooled[seq] = lease.lease_id
+            self._failing.reset()
         except _GivenUp as outcome:
             self._tally.dropped[outcome.reason] += 1
             _log.warning("group_dropped", reason=outcome.reason, prompt_id=lease.prompt.prompt_id, detail=str(outcome))
+            if outcome.reason in _OUR_FAULTS:
+                await self._failing.wait(self._hurry)
             await self._release([lease.lease_id], outcome.reason)
 
     async def _make_group(self, lease: Lease) -> int:
@@ -256,6 +263,9 @@ class Rollout:
                 except EngineError as error:
                     failure = str(error)
                     continue
+                if not all(math.isfinite(logprob) for drawn in generated.completions for logprob in drawn.logprobs):
+                    version = generated.policy_version  # weights are finite, what they compute need not be
+                    raise _GivenUp("generation_failed", f"policy version {version} gives log-probs that are not finite")
                 self._tally.generated(sum(len(d.token_ids) for d in generated.completions), generated.seconds)
                 return generated
         raise _GivenUp("generation_failed", failure)

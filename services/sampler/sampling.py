@@ -29,7 +29,9 @@ def draw(
     total_B = cumulative_BV[:, -1]
     # Below the total by one rounding step at least: the search then never runs past the last token of probability > 0.
     threshold_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    token_B = torch.searchsorted(cumulative_BV, threshold_B[:, None], right=True)[:, 0]
+    # Logits of NaN find nothing: the last token then, whose log-prob is NaN. An index beyond it breaks a GPU for good.
+    last = logits_BV.shape[1] - 1
+    token_B = torch.searchsorted(cumulative_BV, threshold_B[:, None], right=True)[:, 0].clamp(max=last)
     token_B = torch.where(greedy_B, logits_BV.argmax(dim=-1), token_B)
     return token_B, logprobs_BV.gather(1, token_B[:, None])[:, 0]
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -142,6 +143,23 @@ async def test_the_end_of_a_run_is_not_waited_for_until_the_next_heartbeat(tmp_p
             await sampler.event("sampler_drained")
         code, _ = await sampler.ended()
         assert code == 0
+
+
+async def test_a_sampler_that_can_make_no_group_does_not_use_up_the_tries_that_prompts_have(tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(POLICY, policy)
+    (policy / "chat_template.jinja").write_text("{# renders nothing #}")
+    async with (
+        running_learner(small_config(tmp_path, policy)) as learner,
+        running_sampler(learner.address, tmp_path / "s", "--leases=4") as sampler,
+    ):
+        assert (await sampler.event("group_dropped"))["reason"] == "generation_failed"
+        await asyncio.sleep(2)
+        dropped = (await sampler.scrape())["groups_dropped_total", "generation_failed"]
+        assert 1 <= dropped < 40  # hundreds in each second without a pause
+        sampler.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(5):  # the pause ends with it
+            await sampler.event("sampler_drained")
 
 
 async def test_a_sampler_whose_id_a_newer_process_took_ends_with_79(config: LearnerConfig, tmp_path: Path) -> None:

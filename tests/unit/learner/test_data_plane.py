@@ -10,7 +10,7 @@ import pytest
 from services.learner.data_plane import DataPlane
 from services.learner.intake import Arrival, Gap
 from services.runtime import failpoints
-from services.runtime.errors import ConfigError, StorageError
+from services.runtime.errors import BadInputError, ConfigError, StorageError
 from services.wire.types import Verdict, VerdictCode
 from tests.support.data_side import Clock, dataset, envelope, group_for, open_plane, root, settings
 from tests.support.running_plane import Running
@@ -51,6 +51,16 @@ async def test_a_checkpoint_of_another_data_set_or_version_of_other_weights_is_r
             await plane.restore(saved)
         with pytest.raises(ConfigError, match="state_dir"):
             await plane.advance(0, root(9))
+
+
+async def test_a_data_set_of_which_samplers_can_use_no_prompt_ends_the_run(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        while leases := await run.lease(4):
+            assert not run.task.done()
+            run.plane.leases.release("eu-1", [lease.lease_id for lease in leases], "prompt_too_long")
+        with pytest.raises(BadInputError, match=r"samplers can use no prompt of .*max_prompt_tokens"):
+            await run.task
 
 
 async def test_stale_groups_are_dropped_at_the_step_and_their_prompts_granted_again(tmp_path: Path) -> None:
