@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,11 +121,12 @@ def _staleness(arguments: argparse.Namespace) -> int:
         raise UsageError("--seeds and --workers must be 1 or more")
     grid = Grid(
         contenders=tuple(parse_contender(text, not arguments.paper_gspo_clip) for text in _words(arguments.losses)),
-        rates=tuple(_number(text) for text in _words(arguments.lrs)),
+        rates=tuple(_rate(text) for text in _words(arguments.lrs)),
         delays=tuple(_words(arguments.delays)),
         seeds=arguments.seeds,
     )
-    pairs = list(grid.cells(_arena(arguments), arguments.links))
+    cells = grid.cells(_arena(arguments), arguments.links)
+    pairs = list({(contender.label, cell.key): (contender, cell) for contender, cell in cells}.values())
     pairs = finished(pairs, arguments.out) if arguments.finished else pairs
     progress = Console(stderr=True)
     results = run_grid([cell for _, cell in pairs], arguments.out, arguments.workers, progress)
@@ -175,8 +177,11 @@ def _words(text: str) -> list[str]:
     return words
 
 
-def _number(text: str) -> float:
+def _rate(text: str) -> float:
     try:
-        return float(text)
+        rate = float(text)
     except ValueError:
         raise UsageError(f"{text!r} is not a number") from None
+    if not 0 < rate < math.inf:
+        raise UsageError(f"a learning rate is above 0, and {text} is not")
+    return rate

@@ -60,7 +60,7 @@ class Grid:
 
 def make_cell(arena: Arena, contender: Contender, *, rate: float, delay: str, seed: int, links: str) -> Cell:
     """`delay`: a number of versions or a kind of delay; `links`: "weights", "rollouts" or "both". Raises UsageError."""
-    lag = int(delay) if delay.isdigit() else None
+    lag = int(delay) if delay.isdecimal() else None
     section = DelaySection()
     if lag is None:
         if delay not in list(DelayKind) or delay == DelayKind.TRACE:

@@ -122,6 +122,8 @@ def test_an_estimate_is_students_interval() -> None:
         ["--losses", "nothing"],
         ["--delays", "now"],
         ["--lrs", "fast"],
+        ["--lrs", "0"],
+        ["--lrs", "nan"],
         ["--seeds", "0"],
         ["--losses", ","],
         ["--set", "columns"],
@@ -145,11 +147,11 @@ def test_the_command_prints_json_from_finished_cells(tmp_path: Path, capsys: pyt
     sets = [f"{key}={value}" for key, value in TINY.model_dump(exclude_unset=True).items() if key != "steps"]
     words = [
         "--losses",
-        "gepo",
+        "gepo,gepo",  # what is named twice is one cell, not two seeds
         "--delays",
         "0",
         "--lrs",
-        "1e-3",
+        "1e-3,0.001",
         "--seeds",
         "1",
         "--steps",
