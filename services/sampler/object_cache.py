@@ -121,8 +121,10 @@ class ObjectCache:
 
     async def _fetch_rest(self, fetch: "_Fetch", ranges: list[Range]) -> tuple[bool, str | None]:
         """Completes all ranges at the same time: (whether some of it was there before, the digest of all or None).
-        What the disk does to the bytes later is found by the update's own digest."""
-        parts = [await asyncio.to_thread(begin, part, fetch.hashed) for part in ranges]
+        What the disk does to the bytes later is found by the update's own digest. What was there before is hashed in
+        any case: it may be another source's, and wrong."""
+        hashed = fetch.hashed or any(part.path.exists() for part in ranges)
+        parts = [await asyncio.to_thread(begin, part, hashed) for part in ranges]
         resumed = any(part.offset > part.range.start for part in parts)
         digest = parts[0].digest
         tasks = [

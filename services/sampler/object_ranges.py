@@ -66,16 +66,12 @@ def ranges_of(path: Path, size_bytes: int, lanes: int) -> list[Range]:
 
 
 def begin(part: Range, hashed: bool) -> Progress:
-    """Makes the file, or finds how far it came. What is beyond the range is cut off.
-
-    Where the first range's file has bytes the object is hashed in any case: they may be another source's, and wrong.
-    """
+    """Makes the file, or finds how far it came. What is beyond the range is cut off."""
     part.path.touch()
     if part.path.stat().st_size > part.end - part.start:
         os.truncate(part.path, part.end - part.start)
-    came = part.path.stat().st_size
-    if part.start or not (hashed or came):
-        return Progress(range=part, offset=part.start + came, digest=None)
+    if part.start or not hashed:
+        return Progress(range=part, offset=part.start + part.path.stat().st_size, digest=None)
     with part.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return Progress(range=part, offset=file.tell(), digest=digest)

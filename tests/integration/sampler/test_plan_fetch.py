@@ -90,6 +90,15 @@ async def test_many_objects_go_whole_and_one_is_cut_into_a_range_for_each_channe
         assert sorted(request.offset for request in here.service.fetches) == [0, 300_000, 600_000]
 
 
+@pytest.mark.parametrize("part", ["part", "300000.part", "600000.part"])
+async def test_wrong_bytes_of_any_range_that_lay_on_disk_are_fetched_again(tmp_path: Path, part: str) -> None:
+    async with bench(tmp_path, 3) as here:
+        plan = here.plan(900_000)
+        ref = plan.steps[0].objects[0]
+        (here.cache._directory / f"{ref.object_id}.{part}").write_bytes(b"a relay's" * 100)
+        assert await take(here, plan) == [[here.site.store.path_of(ref.object_id).read_bytes()]]
+
+
 async def test_an_object_that_is_named_twice_is_fetched_once(tmp_path: Path) -> None:
     async with bench(tmp_path, 1) as here:
         ref = here.site.store.put(b"same" * 500)
