@@ -28,7 +28,7 @@ def find_parts(path: Path) -> list[Path]:
     else:
         parts = _numbered(path.parent, path.name.removesuffix(SUFFIX))
     if not parts:
-        raise InputMissingError(f"there is no weight update at {path}")
+        raise InputMissingError(f"there is no .safetensors file at {path}")
     return parts
 
 
