@@ -42,7 +42,7 @@ from services.learner.trainer import Trainer, TrainerSettings
 from services.learner.versions import VersionFiles
 from services.learner.weight_service import WeightService
 from services.runtime.errors import ConfigError
-from services.runtime.files import atomic_write, locked_directory
+from services.runtime.files import atomic_write, locked_directory, storage_errors
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
 from services.runtime.metrics import Metrics
@@ -219,8 +219,9 @@ def _services(config: LearnerConfig, learner: Learner, drain: asyncio.Event) -> 
 
 
 def _forget_addresses(state_dir: Path) -> None:
-    for name in (ADDRESS_NAME, METRICS_ADDRESS_NAME):
-        (state_dir / name).unlink(missing_ok=True)
+    with storage_errors(f"use folder {state_dir}"):
+        for name in (ADDRESS_NAME, METRICS_ADDRESS_NAME):
+            (state_dir / name).unlink(missing_ok=True)
 
 
 def _export(learner: Learner) -> None:

@@ -189,6 +189,10 @@ class Submitter:
             self._moved.set()
 
     async def _on_ack(self, ack: rollouts_pb2.SubmitAck) -> None:
+        if ack.through_seq > self._sent_through:
+            raise BadInputError(
+                f"the learner acknowledged group {ack.through_seq}, which was never sent: update one end"
+            )
         for message in ack.verdicts:
             verdict = from_verdict(message)
             self._tally.verdicts[verdict.code.name.lower()] += 1

@@ -83,6 +83,8 @@ class ScriptedRollouts(rollouts_pb2_grpc.RolloutServiceServicer):
     journal: list[bytes] = field(default_factory=list[bytes])
     duplicates: int = 0
     streams: int = 0
+    ack_beyond: int = 0
+    """How many groups too many the first Ack covers."""
 
     async def SubmitGroups(
         self, request_iterator: AsyncIterator[rollouts_pb2.SubmitGroupsRequest], context: grpc.aio.ServicerContext
@@ -107,10 +109,11 @@ class ScriptedRollouts(rollouts_pb2_grpc.RolloutServiceServicer):
             if cut == seen:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut after commit, before the Ack")
             ack = rollouts_pb2.SubmitAck(
-                through_seq=len(self.journal),
+                through_seq=len(self.journal) + self.ack_beyond,
                 verdicts=[rollouts_pb2.Verdict(seq=group.seq, code=code)],
                 credit_bytes=self.credit_bytes,
             )
+            self.ack_beyond = 0
             yield rollouts_pb2.SubmitGroupsResponse(ack=ack)
 
 

@@ -88,6 +88,17 @@ async def test_groups_wait_for_credit_and_one_larger_than_all_credit_goes_alone(
     await spool.close()
 
 
+async def test_an_acknowledgement_of_what_was_never_sent_deletes_nothing(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    rollouts = ScriptedRollouts(credit_bytes=10, ack_beyond=2)
+    async with serving(rollouts=rollouts) as served, submitting(served, spool, []):
+        payloads = await fill(spool, 0, 3)
+        async with asyncio.timeout(10):
+            await spool.empty.wait()
+    assert rollouts.journal == payloads
+    await spool.close()
+
+
 async def test_nothing_leaves_the_spool_while_the_learner_is_away(tmp_path: Path) -> None:
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
     rollouts = ScriptedRollouts()
