@@ -137,7 +137,7 @@ class VllmEngine:
         return self._supervisor
 
     def _asked(self, request: GenerateRequest) -> Generate:
-        """Raises EngineError for a request that no engine could answer."""
+        """Raises EngineError for a request that no engine could answer, ConfigError for what vLLM cannot."""
         prompt, sampling = request.prompt_token_ids, request.sampling
         if not prompt or request.completions < 1 or sampling.max_completion_tokens < 1:
             raise EngineError("a request needs a prompt, at least one completion and at least one token")
@@ -146,7 +146,10 @@ class VllmEngine:
         if len(prompt) >= self._context_tokens:
             raise EngineError(f"a prompt of {len(prompt)} tokens fills the context of {self._context_tokens}")
         if sampling.temperature and not _TEMPERATURES[0] <= sampling.temperature <= _TEMPERATURES[1]:
-            raise EngineError(f"vLLM draws at temperature 0 and from 0.01 to 2, not at {sampling.temperature}")
+            raise ConfigError(  # of the run: every other request would be refused too
+                f"vLLM draws at temperature 0 and from 0.01 to 2, and this run asks for {sampling.temperature}: set "
+                "engine.kind = transformers here, or another temperature at the learner"
+            )
         self._requests += 1
         return Generate(
             kind="generate",
@@ -179,7 +182,8 @@ def _generated(group: GeneratedGroup) -> Generated:
 def _drawn(drawn: DrawnTokens) -> Drawn:
     return Drawn(
         token_ids=tuple(drawn["token_ids"]),
-        logprobs=tuple(drawn["logprobs"]),
+        # Greedy and near-certain tokens can come out a rounding step above 0. In this order of arguments NaN stays NaN.
+        logprobs=tuple(min(logprob, 0.0) for logprob in drawn["logprobs"]),
         finish_reason=FinishReason.STOP if drawn["stopped"] else FinishReason.LENGTH,
         version_spans=tuple(VersionSpan(end=end, policy_version=span_version) for end, span_version in drawn["spans"]),
     )

@@ -104,7 +104,7 @@ async def test_settings_and_folders_that_cannot_work_are_named(tmp_path: Path, p
 
 async def test_a_request_that_vllm_would_answer_otherwise_is_refused(engine: VllmEngine) -> None:
     for temperature in (0.001, 2.5):
-        with pytest.raises(EngineError, match="temperature"):
+        with pytest.raises(ConfigError, match="temperature"):
             await engine.generate(asking(temperature=temperature))
 
 

@@ -233,8 +233,7 @@ def _drawn(completion: _Completion) -> DrawnTokens:
     logprobs = completion.logprobs
     return {
         "token_ids": list(completion.token_ids),
-        # Greedy and near-certain tokens can come out a rounding step above 0.
-        "logprobs": [min(0.0, logprobs.logprobs[start]) for start in logprobs.start_indices],
+        "logprobs": [logprobs.logprobs[start] for start in logprobs.start_indices],
         "stopped": completion.finish_reason == "stop",
         "spans": [(span.end, int(span.version)) for span in completion.weight_versions or ()],
     }

@@ -1,5 +1,6 @@
 """What of the vLLM engine needs no vLLM: which tensors travel, and what is passed to the child."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from services.runtime.errors import ConfigError
 from services.sampler.config import EngineSection, VllmSection
+from services.sampler.engine_vllm import _drawn
 from services.sampler.vllm_child.arguments import engine_arguments, environment
 from services.sampler.vllm_child.staging import Staging, touched
 from services.wire.delta import BitTensor, read_weights
@@ -28,6 +30,12 @@ def tensors(*different: str) -> dict[str, BitTensor]:
         name: BitTensor(dtype="BF16", shape=(4,), bits=np.full(4, 7 + (name in different), dtype=np.uint16))
         for name in NAMES
     }
+
+
+def test_a_log_prob_of_nan_is_not_taken_for_certainty() -> None:
+    drawn = _drawn({"token_ids": [1, 2], "logprobs": [math.nan, 1e-7], "stopped": True, "spans": []})
+    assert math.isnan(drawn.logprobs[0])
+    assert drawn.logprobs[1] == 0.0
 
 
 @pytest.mark.parametrize(
