@@ -235,3 +235,13 @@ class LearnerConfig(Section):
     lease: LeaseSection = LeaseSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _rewards_are_shares(self) -> "LearnerConfig":
+        weights = [grader.weight for grader in self.reward]
+        if self.loss.wants_shares and (min(weights) < 0.0 or sum(weights) > 1.0 + 1e-6):
+            raise ValueError(
+                "the bnpo advantage needs rewards between 0 and 1: let the weights of [[reward]] be 0 or more, and "
+                "their sum at most 1"
+            )
+        return self

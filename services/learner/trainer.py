@@ -28,6 +28,7 @@ from services.learner.mismatch import Mismatch, RowGaps, by_sampler, row_gaps
 from services.learner.policy import Policy
 from services.learner.recompute import Recomputer
 from services.learner.reference import Reference
+from services.runtime.errors import ConfigError
 from services.runtime.log import get_logger
 from services.wire.delta import Weights
 
@@ -100,7 +101,7 @@ class Trainer:
             self._recomputer.hold(version, weights)
 
     def step(self, groups: Sequence[TrainGroup]) -> StepResult:
-        """One AdamW step on `groups`. Raises ValueError where the groups do not fit the loss's settings."""
+        """One AdamW step on `groups`. Raises ConfigError where they do not fit the loss's settings."""
         started = time.perf_counter()
         batch = build_batch(groups)
         reported_BT = batch.loss_inputs.sampler_logprobs_BT
@@ -110,7 +111,10 @@ class Trainer:
         if self._reference is not None:
             batch = self._reference.filled(batch)
         device = self._policy.device
-        prepared = prepare(batch.loss_inputs, self._settings.loss).to(device)
+        try:
+            prepared = prepare(batch.loss_inputs, self._settings.loss).to(device)
+        except ValueError as error:
+            raise ConfigError(f"this run's groups do not fit [loss]: {error}") from None
         self.optimizer.zero_grad(set_to_none=True)
         partials: list[PartialMetrics] = []
         gaps: list[tuple[Tensor, RowGaps]] = []

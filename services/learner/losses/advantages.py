@@ -8,6 +8,8 @@ from services.learner.losses.settings import Advantage, BetaShape, LossSettings
 
 MAX_INVERSE_DENSITY = 1e6
 """The bound of the authors' code on BNPO's factor 1/f."""
+ROUNDING = 1e-6
+"""What a weighted sum of shares may miss the ends of [0, 1] by."""
 
 
 def advantages(
@@ -56,7 +58,7 @@ def _inverse_density(rewards_B: Tensor, mean_P: Tensor, groups: Groups, keep_B: 
     (a, b) are the moments of the batch's group means; one group, or no spread, gives α = β = 1, which is no
     normalisation. Rewards must lie in [0, 1].
     """
-    if bool((keep_B & ((rewards_B < 0.0) | (rewards_B > 1.0))).any()):
+    if bool((keep_B & ((rewards_B < -ROUNDING) | (rewards_B > 1.0 + ROUNDING))).any()):
         raise ValueError("the bnpo advantage needs rewards between 0 and 1")
     one = torch.ones((), dtype=torch.float64, device=mean_P.device)
     alpha, beta = one, one

@@ -134,6 +134,11 @@ class LossSettings(Section):
         """Whether a batch needs the reference model's log-probs."""
         return self.kl_beta > 0.0 and self.kl_target is KlTarget.REFERENCE
 
+    @property
+    def wants_shares(self) -> bool:
+        """Whether rewards must lie between 0 and 1."""
+        return (self.advantage or (Advantage.BNPO if self.name is LossName.BNPO else None)) is Advantage.BNPO
+
     @field_validator("name", mode="before")
     @classmethod
     def _known_loss(cls, value: object) -> object:

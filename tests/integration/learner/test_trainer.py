@@ -12,6 +12,7 @@ from services.learner.config import OptimizerSection, PolicySection
 from services.learner.losses.settings import LossName, LossSettings
 from services.learner.policy import Policy, load_policy
 from services.learner.trainer import AGE_BINS_S, Trainer, TrainerSettings
+from services.runtime.errors import ConfigError
 from tests.support.train_groups import train_group
 
 GROUPS = [train_group(seed, staleness=seed % 3) for seed in range(4)]
@@ -44,6 +45,13 @@ def test_loss_and_gradient_do_not_depend_on_the_cut_into_micro_batches(policy_di
         assert other["loss"] == pytest.approx(results[0]["loss"], rel=1e-5, abs=1e-7)
         assert other["grad_norm"] == pytest.approx(results[0]["grad_norm"], rel=1e-4)
         assert other["weight_var"] == pytest.approx(results[0]["weight_var"], rel=1e-4, abs=1e-9)
+
+
+def test_rewards_that_the_loss_cannot_take_are_a_fault_of_the_configuration(policy_dir: Path) -> None:
+    first, *others = GROUPS[0].group.completions
+    group = replace(GROUPS[0].group, completions=(replace(first, reward=2.0), *others))
+    with pytest.raises(ConfigError, match=r"do not fit \[loss\]: .*between 0 and 1"):
+        make(policy_dir, loss=LossName.BNPO).step([replace(GROUPS[0], group=group), *GROUPS[1:]])
 
 
 def test_a_step_changes_the_masters_and_says_so(policy_dir: Path) -> None:

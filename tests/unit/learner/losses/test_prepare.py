@@ -131,6 +131,12 @@ def test_bnpo_refuses_rewards_outside_zero_and_one() -> None:
         prepare(batch_of(case), settings_of(case))
 
 
+def test_bnpo_takes_a_weighted_sum_that_rounding_put_beyond_one() -> None:
+    case = random_case("bnpo", 39)
+    case.rewards[0] = 0.1 + 0.2 + 0.7 + 1e-7
+    assert torch.isfinite(prepare(batch_of(case), settings_of(case)).advantage_B).all()
+
+
 def test_log_probs_of_another_shape_than_the_mask_are_refused() -> None:
     case = random_case("gepo", 40)
     with pytest.raises(ValueError, match="learner's log-probs are"):
