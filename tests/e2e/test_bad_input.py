@@ -83,7 +83,6 @@ def test_a_reference_answer_that_no_grader_can_read_is_named(folder: Path):
         ("--optimizer.betas=[0.9, 2]", "less than 1"),
         ("--lease.heartbeat_s=60", "session_ttl_s"),
         ("--reward=[]", "at least 1"),
-        ("--reward=[{name='math'}, {name='format'}]", "between 0 and 1"),
     ],
 )
 def test_what_could_not_go_well_is_said_before_the_run_begins(folder: Path, setting: str, says: str):
