@@ -1,6 +1,7 @@
 """`heterorl reward`: serves the graders on a socket, or scores the lines of a file."""
 
 import argparse
+import math
 from pathlib import Path
 
 SOCKET_HELP = "unix:///path of a socket, or HOST:PORT of a loopback address"
@@ -65,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     standard = Limits()
     given = (arguments.cpu_s, arguments.wall_s, arguments.memory_bytes, arguments.workers)
-    if any(value is not None and value <= 0 for value in given):
-        raise UsageError("--workers, --cpu-s, --wall-s and --memory-bytes must be above 0")
+    if any(value is not None and not 0 < value < math.inf for value in given):
+        raise UsageError("--workers, --cpu-s, --wall-s and --memory-bytes must be above 0, and finite")
     limits = Limits(
         cpu_s=arguments.cpu_s or standard.cpu_s,
         wall_s=arguments.wall_s or standard.wall_s,

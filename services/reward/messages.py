@@ -67,7 +67,7 @@ def from_score(message: reward_pb2.CompletionScore, graders: Sequence[GraderSpec
     """An unknown status is a failure of the grader: such a score is never trained on."""
     parts = tuple(
         Part(
-            grader=spec.name,
+            grader=name,
             reward=message.grader_scores[name],
             weight=spec.weight,
             extracted=None,
