@@ -31,7 +31,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One grader's share: `reward` before it is multiplied by `weight`."""
+    """One grader's share: `reward` before it is multiplied by `weight`. Over the wire `grader` is math#2 for the second
+    of a name."""
 
     grader: str
     reward: float

@@ -58,7 +58,7 @@ async def test_a_group_comes_back_as_the_pool_scores_it(client: RewardClient) ->
     assert [(part.grader, part.reward, part.weight) for part in scores[0].parts] == [
         ("math", 1.0, 1.0),
         ("format", 1.0, 0.5),
-        ("math", 0.0, -1.0),
+        ("math#2", 0.0, -1.0),
     ]
     assert scores[0].extracted == "7"
     assert scores[2].extracted is None
