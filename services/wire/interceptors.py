@@ -10,13 +10,14 @@ from __future__ import annotations  # gRPC types take parameters in their stubs 
 import abc
 import contextlib
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeAlias, TypeVar, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from services.runtime.errors import RefusedError
+from services.runtime.errors import BadInputError, RefusedError
 from services.runtime.lifecycle import explain
 from services.runtime.log import get_logger
 from services.wire.errors import abort
@@ -29,6 +30,7 @@ Continuation: TypeAlias = (
 )
 Coroutine: TypeAlias = Callable[[object, Context], Awaitable[object]]
 Generator: TypeAlias = Callable[[object, Context], AsyncGenerator[object]]
+Deserializer: TypeAlias = Callable[[bytes], object]
 Guard: TypeAlias = Callable[[Context], AbstractAsyncContextManager[None]]
 AccessRules: TypeAlias = Mapping[str, frozenset[Role]]
 """Full method name ("/heterorl.v1.ControlService/Register") -> the roles that may call it."""
@@ -166,24 +168,47 @@ def _guarded(handler: Handler | None, guard: Guard) -> Handler | None:
     else:
         behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
     make = _MAKERS[handler.request_streaming, handler.response_streaming]
+    # gRPC would answer bytes that do not parse with UNKNOWN, outside of every guard: so they are parsed inside.
+    read = _reader(handler.request_deserializer, streaming=handler.request_streaming)
     if inspect.isasyncgenfunction(behaviour):
-        wrapped = _guarded_generator(cast("Generator", behaviour), guard)
+        wrapped = _guarded_generator(cast("Generator", behaviour), guard, read)
     else:  # one answer, or a stream written with context.write
-        wrapped = _guarded_coroutine(cast("Coroutine", behaviour), guard)
-    return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        wrapped = _guarded_coroutine(cast("Coroutine", behaviour), guard, read)
+    return make(wrapped, None, handler.response_serializer)
 
 
-def _guarded_coroutine(behaviour: Coroutine, guard: Guard) -> Coroutine:
+def _reader(parse: Deserializer | None, *, streaming: bool) -> Callable[[object], object]:
+    """From what arrived to what a handler takes: a message, or an iterator of messages. None: parsed further in."""
+    if parse is None:
+        return lambda request: request
+    if streaming:
+        return lambda requests: _read_all(parse, cast("AsyncIterator[bytes]", requests))
+    return lambda request: _read_one(parse, cast(bytes, request))
+
+
+def _read_one(parse: Deserializer, data: bytes) -> object:
+    try:
+        return parse(data)
+    except (DecodeError, ValueError):  # invalid UTF-8 in a string field is a ValueError
+        raise BadInputError(f"{len(data)} bytes do not parse as a message of this call") from None
+
+
+async def _read_all(parse: Deserializer, requests: AsyncIterator[bytes]) -> AsyncIterator[object]:
+    async for data in requests:
+        yield _read_one(parse, data)
+
+
+def _guarded_coroutine(behaviour: Coroutine, guard: Guard, read: Callable[[object], object]) -> Coroutine:
     async def call(request: object, context: Context) -> object:
         async with guard(context):
-            return await behaviour(request, context)
+            return await behaviour(read(request), context)
 
     return call
 
 
-def _guarded_generator(behaviour: Generator, guard: Guard) -> Generator:
+def _guarded_generator(behaviour: Generator, guard: Guard, read: Callable[[object], object]) -> Generator:
     async def iterate(request: object, context: Context) -> AsyncGenerator[object]:
-        async with guard(context), contextlib.aclosing(behaviour(request, context)) as responses:
+        async with guard(context), contextlib.aclosing(behaviour(read(request), context)) as responses:
             async for response in responses:
                 yield response
 

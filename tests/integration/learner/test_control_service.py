@@ -165,3 +165,18 @@ async def test_an_evaluation_is_shared_between_samplers_and_ends_with_its_accura
         late = await second.verdicts_for(envelope(2, group_for(yours[0])))
         assert late[0].code.name == "LEASE_LOST"
         assert plane.tally.dropped == {}
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff", b"\x0a\x80\x80\x80\x80\x10", b"\x0a\x02\xff\xfe", b"\x0b" * 10_000])
+async def test_bytes_that_do_not_parse_are_bad_input_for_unary_calls_and_streams(tmp_path: Path, data: bytes) -> None:
+    async with running_learner(tmp_path) as learner, grpc.aio.insecure_channel(str(learner.address)) as channel:
+        unary = channel.unary_unary("/heterorl.v1.ControlService/Register")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await unary(data, timeout=10)
+        stream = channel.stream_stream("/heterorl.v1.RolloutService/SubmitGroups")(timeout=10)
+        await stream.write(data)
+        with pytest.raises(grpc.aio.AioRpcError) as cut:
+            await stream.read()
+        for error in (caught.value, cut.value):
+            assert isinstance(from_rpc_error(error), BadInputError), error
+            assert "do not parse" in (error.details() or "")
