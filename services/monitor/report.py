@@ -49,19 +49,24 @@ def read_run(folder: Path) -> Run:
     if not summary_file.is_file():
         raise InputMissingError(f"{summary_file} is not there: the run has not ended, or this is not a run's folder")
     records: list[Mapping[str, float]] = []
-    text = metrics_file.read_text() if metrics_file.is_file() else ""
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise BadInputError(f"{metrics_file} line {number} is not JSON: remove it and try again") from None
-    try:
-        summary = json.loads(summary_file.read_text())
-    except json.JSONDecodeError as error:
-        raise BadInputError(f"{summary_file} is not JSON ({error}): was it edited?") from None
+    lines = metrics_file.read_bytes().splitlines() if metrics_file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if (record := _object(line)) is None:
+            raise BadInputError(f"{metrics_file} line {number} is not a JSON object: remove it and try again")
+        records.append(cast("Mapping[str, float]", record))
+    if (summary := _object(summary_file.read_bytes())) is None:
+        raise BadInputError(f"{summary_file} is not a JSON object: was it edited?")
     events_file = folder / "events.log"
     events = tuple(events_file.read_text().splitlines()) if events_file.is_file() else ()
     return Run(summary=summary, records=records, events=events)
+
+
+def _object(text: bytes) -> Mapping[str, object] | None:
+    try:
+        value: object = json.loads(text)
+    except ValueError:  # not JSON, or not text
+        return None
+    return cast("Mapping[str, object]", value) if isinstance(value, dict) else None
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:

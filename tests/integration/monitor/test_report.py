@@ -87,8 +87,13 @@ def test_a_folder_without_a_summary_is_named(tmp_path: Path):
         read_run(tmp_path)
 
 
-def test_a_metrics_line_that_is_not_json_is_named_by_number(run: Path):
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write("{oops\n")
-    with pytest.raises(BadInputError, match="line 5 is not JSON"):
+@pytest.mark.parametrize("damage", [b"{oops\n", b"[1]\n", b"\xff\xfe\n"])
+def test_a_metrics_line_that_is_no_json_object_is_named_by_number(run: Path, damage: bytes):
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    with pytest.raises(BadInputError, match="line 5 is not a JSON object"):
+        read_run(run)
+    (run / "metrics.jsonl").unlink()
+    (run / "summary.json").write_bytes(damage)
+    with pytest.raises(BadInputError, match=r"summary\.json is not a JSON object"):
         read_run(run)
