@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from services.reward.graders import Permissions, WeightedGrader, build
+from services.reward.graders.python_callable import PythonGrader
 from services.reward.scorer import Part, Score, ScoreRequest, Status
 from services.reward.spec import GraderSpec, as_json
 from services.reward.worker import Limits
@@ -107,6 +108,7 @@ class Pool:
             requests=requests,
             graders=json.dumps(as_json(graders)),
             extra_s=sum(one.extra_s for one in built),
+            importing=any(isinstance(one.grader, PythonGrader) for one in built),
             scores=[self._overlong(request, built) for request in requests],
         )
         open_items = [index for index, score in enumerate(job.scores) if score is None]
@@ -162,7 +164,8 @@ class Pool:
         usable, done = False, 0
         try:
             await worker.send({"graders": job.graders, "items": [job.item(index) for index in chunk]})
-            if (fault := await worker.ready()) is not None:
+            fault = await worker.ready(importing=job.importing, wall_s=self._limits.wall_s)
+            if fault is not None:
                 return done, fault
             for index in chunk:
                 reply = await worker.reply(
@@ -226,6 +229,8 @@ class _Job:
     requests: Sequence[ScoreRequest]
     graders: str
     extra_s: float
+    importing: bool
+    """Whether a worker may have to import an operator's module."""
     scores: list[Score | None]
     unusable: str | None = None
 

@@ -73,13 +73,14 @@ class WorkerHandle:
             self._writer.write(frames.encode(job))
             await self._writer.drain()
 
-    async def ready(self) -> Fault | None:
-        """Waits until it has loaded the job's graders; a fault if it died meanwhile, which another worker may not.
+    async def ready(self, *, importing: bool, wall_s: float) -> Fault | None:
+        """Waits until it has the job's graders; a fault if it died or hung meanwhile, which another worker may not.
 
-        Raises EngineError if they cannot be loaded here: that is no completion's fault.
+        Waits LOAD_S instead of `wall_s` where modules may have to be imported. Raises EngineError if they cannot be
+        imported here: that is no completion's fault.
         """
         started = asyncio.get_running_loop().time()
-        reply = await self.reply(wall_s=LOAD_S, cpu_s=math.inf)
+        reply = await self.reply(wall_s=LOAD_S if importing else wall_s, cpu_s=math.inf)
         if isinstance(reply, Fault):
             if asyncio.get_running_loop().time() - started < LOAD_S:
                 return reply

@@ -35,6 +35,10 @@ def pool(open_pool: Pool) -> Pool:
     return open_pool
 
 
+def workers_of(pool: Pool) -> list[int]:
+    return list(map(int, Path(f"/proc/{pool.nursery_pid}/task/{pool.nursery_pid}/children").read_text().split()))
+
+
 async def score(
     pool: Pool, answer: str, completions: Sequence[str], graders: Sequence[GraderSpec] = MATH, **metadata: object
 ) -> list[Score]:
@@ -116,6 +120,13 @@ async def test_importing_a_graders_module_costs_no_completion_its_time(pool: Poo
     async with Pool(workers=1, limits=Limits(cpu_s=0.3, wall_s=0.5), permissions=Permissions(python=(slow,))) as own:
         graders = [GraderSpec(name="python", options={"callable": f"{slow}:score", "timeout_s": 0.001})]
         assert [one.reward for one in await score(own, "", ["a", "b"], graders)] == [1.0, 1.0]
+
+
+async def test_a_worker_that_hangs_before_its_first_answer_is_replaced(pool: Pool) -> None:
+    for worker in workers_of(pool):
+        os.kill(worker, signal.SIGSTOP)
+    async with asyncio.timeout(30):
+        assert [one.reward for one in await score(pool, "7", ["7"] * 4)] == [1.0] * 4
 
 
 @pytest.mark.parametrize("missing", [f"{HERE}:absent", f"{HERE}.absent:score"])
