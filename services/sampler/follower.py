@@ -44,7 +44,7 @@ from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSource, WeightSources
 from services.wire.convert import from_plan
 from services.wire.delta import BitTensor, WrongBaseError
-from services.wire.errors import from_rpc_error
+from services.wire.errors import peer_error
 from services.wire.types import Manifest, Plan
 
 _log = get_logger("sampler.follower")
@@ -164,7 +164,7 @@ class Follower:
                 self._watch.again()
             return True
         except grpc.aio.AioRpcError as rpc_error:
-            error, local = from_rpc_error(rpc_error), False
+            error, local = peer_error(rpc_error), False
         except HeteroRLError as found:
             error = found
         finally:

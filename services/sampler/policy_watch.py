@@ -25,7 +25,7 @@ from services.sampler.arrivals import Arrivals
 from services.sampler.weight_sources import WeightSources
 from services.wire.convert import from_announcement
 from services.wire.delta import WrongBaseError
-from services.wire.errors import from_rpc_error
+from services.wire.errors import peer_error
 from services.wire.signing import verify
 from services.wire.types import Announcement, Manifest, Plan, SignedManifest
 
@@ -67,7 +67,7 @@ class PolicyWatch:
                     self._announce(from_announcement(message))
                     backoff.reset()
             except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = peer_error(rpc_error)
                 if not isinstance(error, RETRIED):
                     raise error from None
                 _log.info("watch_lost", error=error)

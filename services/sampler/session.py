@@ -14,16 +14,14 @@ from services.runtime.address import Address
 from services.runtime.backoff import Backoff
 from services.runtime.errors import (
     ExhaustedError,
-    HeteroRLError,
     MismatchError,
     SessionLostError,
-    StorageError,
     UnavailableError,
 )
 from services.runtime.log import get_logger
 from services.sampler.spool import Spool
 from services.wire.convert import from_run_settings, from_session, to_engine
-from services.wire.errors import from_rpc_error
+from services.wire.errors import peer_error
 from services.wire.types import PROTOCOL_VERSION, EngineInfo, RunSettings, Session
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only
@@ -39,15 +37,6 @@ _FIXED: dict[str, Callable[[RunSettings], object]] = {
 }
 """What parts of this process were built from; the rest of the settings is read anew for every group."""
 _T = TypeVar("_T")
-
-
-def learner_error(rpc_error: grpc.aio.AioRpcError) -> HeteroRLError:
-    """What a failed call means here. A learner whose disk is full, or that has a fault of its own, is away like one
-    that restarts: its faults end no sampler."""
-    error = from_rpc_error(rpc_error)
-    if type(error) is HeteroRLError or isinstance(error, StorageError):
-        return UnavailableError(f"the learner has a fault: {error}")
-    return error
 
 
 class LearnerSession:
@@ -102,7 +91,7 @@ class LearnerSession:
                 response = await self._control.Register(self._request(), timeout=_TIMEOUT_S, wait_for_ready=False)
                 break
             except grpc.aio.AioRpcError as rpc_error:
-                error = learner_error(rpc_error)
+                error = peer_error(rpc_error)
                 if not isinstance(error, UnavailableError | ExhaustedError):
                     raise error from None
             wait_s = max(backoff.next_delay_s(), 0.1)
@@ -133,7 +122,7 @@ class LearnerSession:
 
     async def after_failure(self, session: Session, rpc_error: grpc.aio.AioRpcError) -> Exception:
         """What to raise for a failed call made under `session`; registers again first where that is the answer."""
-        error = learner_error(rpc_error)
+        error = peer_error(rpc_error)
         if not isinstance(error, SessionLostError):
             return error
         async with self._renewing:

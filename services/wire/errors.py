@@ -120,6 +120,15 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> HeteroRLError:
     return _build(found, f"the peer answered {code.name}: {_bounded(details) or 'no reason given'}", None)
 
 
+def peer_error(error: grpc.aio.AioRpcError) -> HeteroRLError:
+    """As `from_rpc_error`, for a client that waits: a peer whose disk is full, or that has a fault of its own, is away
+    like one that restarts, so that its faults end nobody else."""
+    found = from_rpc_error(error)
+    if type(found) is HeteroRLError or isinstance(found, errors.StorageError):
+        return errors.UnavailableError(f"the peer has a fault: {found}")
+    return found
+
+
 def _row_of(error: HeteroRLError) -> tuple[type[HeteroRLError], grpc.StatusCode, str]:
     return next(_BY_CLASS[base] for base in type(error).__mro__ if base in _BY_CLASS)
 

@@ -63,7 +63,7 @@ async def test_a_fault_of_the_learner_is_waited_out_like_its_absence(spool: Spoo
     async with serving() as served:
         session = await registered(served, spool)
         served.control.heartbeat_errors = [fault]
-        with pytest.raises(UnavailableError, match="the learner has a fault"):
+        with pytest.raises(UnavailableError, match="the peer has a fault"):
             await session.call(heartbeat(served.channel))
         await session.call(heartbeat(served.channel))
 
