@@ -5,6 +5,7 @@ base policy ─► version 0 ─► [ samplers ─► buffer.take ─► decode 
 
 import asyncio
 import copy
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import cast
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,7 +37,7 @@ from services.learner.pacing import PacingRules
 from services.learner.policy import Policy
 from services.learner.trainer import Trainer, TrainerSettings
 from services.runtime.config import Section
-from services.runtime.errors import ConfigError
+from services.runtime.errors import BadInputError, ConfigError
 from services.sampler.delays import Delays
 from services.wire.convert import decode_group
 
@@ -129,7 +131,8 @@ class Judge:
 def base_policy(cell: Cell, folder: Path | None) -> PreTrainedModel:
     """The policy that the cell starts from, from `folder` or made and kept there.
 
-    Raises ConfigError where the policy cannot do the task, or supervision does not reach `arena.warm_up`.
+    Raises ConfigError where the policy cannot do the task, or supervision does not reach `arena.warm_up`; BadInputError
+    for a damaged file in `folder`.
     """
     arena = cell.arena
     try:
@@ -138,7 +141,10 @@ def base_policy(cell: Cell, folder: Path | None) -> PreTrainedModel:
         raise ConfigError(f"arena.policy: {error}") from None
     kept = None if folder is None else folder / f"{cell.base_key}.safetensors"
     if kept is not None and kept.exists():
-        model.load_state_dict(load_file(kept), strict=False)
+        try:
+            model.load_state_dict(load_file(kept), strict=False)
+        except (SafetensorError, RuntimeError) as error:
+            raise BadInputError(f"{kept} is not the base policy of its name: delete it") from error
         return model
     model.to(torch.device(arena.device))  # pyright: ignore[reportArgumentType] - its own self
     try:
@@ -148,7 +154,7 @@ def base_policy(cell: Cell, folder: Path | None) -> PreTrainedModel:
     model.cpu()
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{id(model)}.partial")
+        partial = kept.with_suffix(f".{os.getpid()}.partial")
         save_file({name: tensor.contiguous() for name, tensor in _untied(model).items()}, partial)
         partial.replace(kept)
     return model

@@ -12,7 +12,7 @@ from services.lab.contestants import PolicyName, expected_accuracy, make_drawer,
 from services.lab.experiment import CellResult, base_policy, run_cell
 from services.lab.sum_tasks import SumTask, TaskName
 from services.learner.losses.settings import KlTarget, LossName, LossSettings
-from services.runtime.errors import ConfigError
+from services.runtime.errors import BadInputError, ConfigError
 from services.sampler.delays import DelayKind, DelayModel, DelaySection
 
 # An arena in which a step takes milliseconds.
@@ -178,3 +178,10 @@ def test_expected_accuracy_is_the_share_of_right_draws(bases: Path) -> None:
     drawn = drawer.draw(problems, 64, seed=9)
     share = float(task.rewards(problems, drawn.tokens_BT, drawn.length_B).mean())
     assert share == pytest.approx(expected_accuracy(model, problems), abs=0.03)
+
+
+def test_a_damaged_base_policy_is_named(tmp_path: Path) -> None:
+    one = cell()
+    (tmp_path / f"{one.base_key}.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(BadInputError, match=r"base-.*\.safetensors is not the base policy"):
+        base_policy(one, tmp_path)
