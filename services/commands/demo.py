@@ -59,8 +59,11 @@ def _loss(name: str) -> "LossName":
 
 
 def fresh_folder(path: Path) -> Path:
-    """Makes `path`; results that are there already are kept under the time when they were made."""
+    """Makes `path`; a demo that is there already is kept under the time when it was made. Raises UsageError for a
+    folder of anything else: nobody's home is to be moved aside."""
     if path.exists() and any(path.iterdir()):
+        if not (path / "work" / "pki").is_dir():
+            raise UsageError(f"{path} holds other things than a demo: name a folder of its own with --out")
         made = dt.datetime.fromtimestamp(path.stat().st_mtime)
         path.rename(path.with_name(f"{path.name}-{made:%Y%m%d-%H%M%S}"))
     path.mkdir(parents=True, exist_ok=True)
