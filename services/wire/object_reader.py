@@ -68,6 +68,7 @@ class ObjectReader:
         call = self._stub.FetchObject(request, wait_for_ready=self._wait_for_ready)
         end = offset + length if length else None
         waited_s, reached = 0.0, offset + _SMALLEST_PIECE_BYTES
+        asked_s, start = self._clock(), offset
         try:
             while end is None or offset < end:
                 began = self._clock()
@@ -82,13 +83,19 @@ class ObjectReader:
                     waited_s, reached = 0.0, offset + _SMALLEST_PIECE_BYTES
                 yield message.data
         except grpc.aio.AioRpcError as error:
+            slow = offset == start and self._clock() - asked_s > _QUICK_SHARE * self._stall_s
+            if slow and error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._ask_for_less()  # what was asked for stands before the answer to a ping, and that came too late
             raise from_rpc_error(error) from None
         except TimeoutError:
-            smaller = self._piece_bytes // 2 if self._piece_bytes else _FIRST_PIECE_BYTES
-            self._piece_bytes = max(_SMALLEST_PIECE_BYTES, smaller)
+            self._ask_for_less()
             raise UnavailableError(f"next to no weights came for {self._stall_s:.0f} s") from None
         finally:
             call.cancel()
+
+    def _ask_for_less(self) -> None:
+        smaller = self._piece_bytes // 2 if self._piece_bytes else _FIRST_PIECE_BYTES
+        self._piece_bytes = max(_SMALLEST_PIECE_BYTES, smaller)
 
 
 def _check(message: weights_pb2.FetchObjectResponse, offset: int) -> None:

@@ -55,3 +55,29 @@ async def test_a_relay_that_sends_a_byte_now_and_then_is_left_for_the_learner(tm
             assert sampler.follower.root == site.root
             assert sampler.sources.fallbacks == 1
             assert 1 < sampler.sources.received_bytes["relay"] < 100
+
+
+class CutOffWhileLarge(Tampering):
+    async def FetchObject(
+        self, request: weights_pb2.FetchObjectRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Fetched]:
+        if not 0 < request.length <= 32 << 10:
+            self.fetches.append(request)
+            await asyncio.sleep(0.2)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "Stream removed (ping timeout)")
+        async for one in super().FetchObject(request, context):
+            yield one
+
+
+async def test_a_connection_that_is_given_up_before_a_chunk_came_asks_for_less(tmp_path: Path) -> None:
+    """Behind a long queue the answer to a ping comes as late as the chunks do: asked for as much again, they would be
+    lost with the next connection, and so on."""
+    async with (
+        learner_site(tmp_path / "learner") as site,
+        tampering(site.address, CutOffWhileLarge) as (address, service),
+    ):
+        await site.publisher.publish(0, make_weights(1, 40_000))
+        async with following(tmp_path / "s", address, site.public_key, stall_s=1.0) as sampler:
+            assert sampler.follower.root == site.root
+        assert service.fetches[0].length == 0
+        assert service.fetches[-1].length <= 32 << 10
