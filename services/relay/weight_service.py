@@ -21,6 +21,7 @@ from services.wire.types import Announcement
 _Watch = grpc.aio.ServicerContext[weights_pb2.WatchPolicyRequest, weights_pb2.WatchPolicyResponse]
 _Plan = grpc.aio.ServicerContext[weights_pb2.GetPlanRequest, weights_pb2.GetPlanResponse]
 _Fetch = grpc.aio.ServicerContext[weights_pb2.FetchObjectRequest, weights_pb2.FetchObjectResponse]
+_Follow = grpc.aio.ServicerContext[weights_pb2.FollowUpdateRequest, weights_pb2.FollowUpdateResponse]
 
 
 class RelayWeightService(weights_pb2_grpc.WeightServiceServicer):
@@ -69,6 +70,12 @@ class RelayWeightService(weights_pb2_grpc.WeightServiceServicer):
                 )
                 offset += len(chunk.data)
                 self.bytes_served += len(chunk.data)
+
+    async def FollowUpdate(  # pyright: ignore[reportIncompatibleMethodOverride] - as FetchObject
+        self, request: weights_pb2.FollowUpdateRequest, context: _Follow
+    ) -> None:
+        """Samplers ask the learner alone, which knows what it is making; the access rules have no role for it here."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a relay sends what it is asked for: ask the learner")
 
     async def _write(self, context: _Fetch, message: weights_pb2.FetchObjectResponse) -> None:
         try:
