@@ -10,7 +10,8 @@ _GOLD_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s+(?![-+*/^=])|([A-J])\)\s*)\S.*",
 _PREFIX = re.compile(r"(?:option|choice|answer|letter)\s+", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _STATED = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:|$)\s*(.*)", re.DOTALL)
-_WITH_REASON = re.compile(r"\(?([A-J])\)?\s*[,;–—-]?\s*(?:because|since)\s.*", re.DOTALL)
+# The reason is one sentence: the next one may take the option back.
+_WITH_REASON = re.compile(r"\(?([A-J])\)?\s*[,;–—-]?\s*(?:because|since)\s(?:(?![.!?]\s).)*")
 _BARE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 
 

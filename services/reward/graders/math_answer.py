@@ -94,7 +94,8 @@ class MathGrader:
                     return self._marked(text, gold) or _unmarked(text, gold)
                 start, inside = tag
                 # A box or #### inside or behind the tag counts before what else the tag holds.
-                return self._marked(text[start:], gold) or _phrase(inside, gold) or [_stated(inside, gold)]
+                marked = self._marked(text[start:], gold)
+                return marked or _phrase(inside, gold) or [_stated(inside, gold, may_reason=True)]
             case "boxed":
                 return self._marked(text, gold, hashed=False) or "no box"
             case "hash":
@@ -202,8 +203,8 @@ def _phrase(text: str, gold: Gold) -> list[str] | None:
     return None if phrase is None else [_stated(phrase, gold)]
 
 
-def _stated(phrase: str, gold: Gold) -> str:
-    return phrases.within(phrase, number_wanted=gold.number is not None)
+def _stated(phrase: str, gold: Gold, *, may_reason: bool = False) -> str:
+    return phrases.within(phrase, number_wanted=gold.number is not None, may_reason=may_reason)
 
 
 def _unmarked(text: str, gold: Gold) -> list[str] | str:
