@@ -26,8 +26,13 @@ from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
 from services.runtime.errors import ScoreError
 
+# A block ends at a fence indented as its first one or, as in Markdown, by up to three spaces; a deeper one is of the
+# program, of a docstring for example. A block that is never closed reaches to the end, so that the scan is linear.
+# "```</think>" begins none.
 _FENCE = re.compile(
-    r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)(?:[ \t][^\n`]*)?\n(?P<body>.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE
+    r"^(?P<indent>[ \t]*+)```[ \t]*+(?P<language>[\w+-]*+)(?!<|(?<=`)[^\s{])[^\n`]*+\n(?P<body>.*?)"
+    r"(?:^(?:(?P=indent)| {0,3})(?P<closed>```)[ \t]*+$|\Z)",
+    re.DOTALL | re.MULTILINE,
 )
 _PYTHON = ("python", "py", "python3")
 
@@ -148,7 +153,9 @@ class CodeGrader:
 
     def _program(self, completion: str) -> str | None:
         completion = completion.replace("\r\n", "\n")
-        blocks = [(match["language"].lower(), match["body"]) for match in _FENCE.finditer(completion)]
+        blocks = [
+            (match["language"].lower(), match["body"]) for match in _FENCE.finditer(completion) if match["closed"]
+        ]
         # A block without a language is the program only where no block says that it is Python: it may show the output.
         programs = [body for language, body in blocks if language in _PYTHON] or [
             body for language, body in blocks if not language

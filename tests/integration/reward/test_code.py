@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def test_standard_output_is_compared_line_by_line() -> None:
     assert "SyntaxError" in grade(tests, "print(").reason
 
 
+DOCUMENTED = 'def add(a, b):\n    """Adds.\n\n    ```\n    add(3, 4)\n    ```\n    """\n    return a + b\n'
+
+
 @pytest.mark.parametrize(
     "completion",
     [
@@ -60,8 +64,24 @@ def test_standard_output_is_compared_line_by_line() -> None:
         "1. The program:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n",
         "```python\ndef add(a, b): return a + b\n```\nIt prints:\n```\n7\n```",
         "<think>```python\ndef add(a, b): return 0\n```</think>\n```python\ndef add(a, b): return a + b\n```",
+        f"```python\n{DOCUMENTED}```",
+        "- The program:\n  ```python\n" + textwrap.indent(DOCUMENTED, "  ") + "  ```\n",
+        "  ```python\n  def add(a, b): return a + b\n```",
+        "```python\ndef add(a, b): return a + b\n  ```\nDone.",
+        "```c#\nint Add(int a, int b);\n```\nIn Python:\n```python\ndef add(a, b): return a + b\n```",
     ],
-    ids=["CRLF", "words behind the language", "in a list", "its output in a block", "another one before"],
+    ids=[
+        "CRLF",
+        "words behind the language",
+        "in a list",
+        "its output in a block",
+        "another one before",
+        "a block in its docstring",
+        "a block in its docstring, in a list",
+        "its end less indented",
+        "its end more indented",
+        "a block in C# before",
+    ],
 )
 def test_a_program_is_found_in_the_forms_in_which_policies_write_it(completion: str) -> None:
     assert grade(ADD, completion).reward == 1.0
