@@ -82,7 +82,7 @@ class WorkerHandle:
         started = asyncio.get_running_loop().time()
         reply = await self.reply(wall_s=LOAD_S if importing else wall_s, cpu_s=math.inf)
         if isinstance(reply, Fault):
-            if asyncio.get_running_loop().time() - started < LOAD_S:
+            if not importing or asyncio.get_running_loop().time() - started < LOAD_S:
                 return reply
             raise EngineError(f"the graders' modules are not imported within {LOAD_S:g} s")
         if reply["kind"] == "unloadable":

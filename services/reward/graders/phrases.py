@@ -31,7 +31,7 @@ def within(phrase: str, *, number_wanted: bool, may_reason: bool = False) -> str
 
     A formula counts before a number, and a number at the start before one in the middle. "not 5", "4 or 5",
     "at least 5", "twice 5", "5 squared" and "between 4 and 5" state no value; several formulas are a list. Where the
-    phrase `may_reason`, the first of several numbers may be one of the reasoning: then it is not what is stated.
+    phrase `may_reason`, the first of several numbers is what is stated only if it is the last too.
     """
     found = formulas(phrase)
     if found:
@@ -58,7 +58,8 @@ def within(phrase: str, *, number_wanted: bool, may_reason: bool = False) -> str
     if not cleaned.lstrip("$").startswith(stated[0]):
         return phrase
     # A list of several equals no single value, which the right side of an equation in the phrase might.
-    return ", ".join(stated) if may_reason or _COMPUTES.match(behind) else stated[0]
+    doubtful = (may_reason or _COMPUTES.match(behind)) and stated[0] != stated[-1]
+    return ", ".join(stated) if doubtful else stated[0]
 
 
 def _numbers_beside(phrase: str, found: list[str]) -> bool:

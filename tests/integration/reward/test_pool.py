@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from services.reward import worker_handle
 from services.reward.graders import Permissions
 from services.reward.pool import Pool, PoolStats
 from services.reward.scorer import Score, ScoreRequest, Status
@@ -129,6 +130,16 @@ async def test_a_worker_that_hangs_before_its_first_answer_is_replaced(pool: Poo
         assert [one.reward for one in await score(pool, "7", ["7"] * 4)] == [1.0] * 4
 
 
+async def test_a_hang_longer_than_an_import_may_take_is_tried_again_too(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_handle, "LOAD_S", 0.5)  # less than the pool's wall_s, as where that is over 60 s
+    for worker in workers_of(pool):
+        os.kill(worker, signal.SIGSTOP)
+    async with asyncio.timeout(30):
+        assert [one.reward for one in await score(pool, "7", ["7"] * 4)] == [1.0] * 4
+
+
 @pytest.mark.parametrize("missing", [f"{HERE}:absent", f"{HERE}.absent:score"])
 async def test_a_callable_that_is_not_here_is_no_fault_of_a_prompt(pool: Pool, missing: str) -> None:
     with pytest.raises(EngineError, match="cannot be imported"):
@@ -156,6 +167,13 @@ async def test_an_overlong_completion_has_reward_0_without_being_graded(pool: Po
     assert "longer than 200000 characters" in long.reason
     assert short.reward == 1.0
     assert pool.stats.restarts == 0
+
+
+async def test_the_blocks_of_a_completion_are_found_within_the_time_of_one() -> None:
+    slow = ["```" + " " * 100_000 + "`", "```a\n" * 30_000, "```a\n```" + " " * 100_000 + "x"]
+    async with Pool(workers=1, permissions=Permissions(code="isolated")) as own:
+        scores = await score(own, '{"asserts": ["assert True"]}', slow, [GraderSpec(name="code")])
+    assert [(one.status, one.reason) for one in scores] == [(Status.OK, "no program")] * 3
 
 
 async def test_many_groups_at_once_share_the_workers(pool: Pool) -> None:
