@@ -7,6 +7,7 @@ learner goes on by itself. Any other fault of the disk ends the process.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -15,6 +16,8 @@ from services.runtime.errors import DiskFullError
 from services.runtime.log import get_logger
 
 _RETRY_S = 5.0
+_FORGOTTEN_S = 60.0
+"""What was refused and did not come again for so long is no sign of a full disk any more."""
 _T = TypeVar("_T")
 
 _log = get_logger("learner.disk")
@@ -25,7 +28,8 @@ class DiskRoom:
 
     def __init__(self, stopping: asyncio.Event | None = None) -> None:
         self._stopping = stopping or asyncio.Event()
-        self._refused: set[str] = set()
+        self._refused: dict[str, float] = {}
+        """What waits, and when it was refused last."""
         self._changed = asyncio.Event()
 
     @property
@@ -35,14 +39,14 @@ class DiskRoom:
     def refused(self, what: str, error: DiskFullError) -> None:
         """`what` could not be written."""
         if what not in self._refused:
-            self._refused.add(what)
             _log.error("disk_full", waits=what, error=error)
             self._changed.set()
+        self._refused[what] = time.monotonic()
 
     def written(self, what: str) -> None:
         """It was."""
         if what in self._refused:
-            self._refused.discard(what)
+            del self._refused[what]
             _log.info("disk_has_room", waited=what)
             self._changed.set()
 
@@ -64,7 +68,12 @@ class DiskRoom:
                 return result
 
     async def change(self) -> bool:
-        """*Waits for* news; *produces* whether the disk is full now."""
-        await self._changed.wait()
+        """*Waits for* news, or until what was refused is long ago; *produces* whether the disk is full now."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FORGOTTEN_S if self._refused else None):
+                await self._changed.wait()
         self._changed.clear()
+        since_s = time.monotonic() - _FORGOTTEN_S
+        for what in [what for what, refused_s in self._refused.items() if refused_s < since_s]:
+            self.written(what)
         return self.full

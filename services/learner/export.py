@@ -37,9 +37,9 @@ def export_policy(directory: Path, policy: Policy, weights: Weights, provenance:
 
     `weights` are the bits of the final version: what every sampler generated with, under the same names.
     """
-    if holds_export(directory, provenance.root):
-        return
     with storage_errors(f"export the policy to {directory}"):
+        if holds_export(directory, provenance.root):
+            return
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
         try:

@@ -32,6 +32,8 @@ _WAIT_S = 0.02
 _QUEUE = 256
 _ALARMING = frozenset({Fault.ID_REUSE, Fault.UNKNOWN_ROOT, Fault.NEVER_LEASED})
 """What an honest sampler with sound hardware never does."""
+_OF_A_RESTORE = frozenset({Fault.NEVER_LEASED, Fault.OTHER_PROMPT, Fault.OTHER_PURPOSE, Fault.UNKNOWN_ROOT})
+"""What it seems to do where the learner was restored from a backup, and does not know what it said before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +339,7 @@ class Intake:
             name = LeaseName.parse(row.lease_id)
             # A learner that was restored from a backup may not know what it said before: no sampler's fault.
             before = sampler.quarantined
-            sampler.invalid_streak += name is None or name.learner_epoch >= self._sessions.learner_epoch
+            forgotten = name is not None and name.learner_epoch < self._sessions.learner_epoch
+            sampler.invalid_streak += not (forgotten and row.reason in _OF_A_RESTORE)
             if sampler.quarantined and not before:
                 _log.error("sampler_quarantined", sampler_id=sampler.sampler_id, until="it registers again")

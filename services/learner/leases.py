@@ -374,8 +374,12 @@ class LeaseTable:
         return work
 
     def take_back(self, work: Work) -> None:
-        """The group that answered is not in the journal after all."""
-        self._return([work])
+        """The group that answered is not in the journal after all: it comes again, so its lease stays out."""
+        if work.is_out:
+            self._works.keep(work)
+            self.wake()
+        else:
+            self._return([work])
 
     def refuse(self, lease_id: str, sampler_id: str) -> None:
         """The group that this sampler made for the lease was not accepted: the lease is free at once."""

@@ -71,7 +71,7 @@ class Records:
         position = 0
         while True:
             changed = self._changed
-            lines = self._lines(position)
+            lines = await asyncio.to_thread(self._lines, position)
             for line in lines:
                 position += len(line)
                 record = _parse(line)

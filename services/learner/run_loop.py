@@ -26,7 +26,7 @@ from services.learner.run_state import Activity, EvalPoint, RunState
 from services.learner.snapshots import Snapshots
 from services.learner.traffic import Traffic
 from services.learner.trainer import Trainer
-from services.runtime.errors import HeteroRLError, StorageError
+from services.runtime.errors import DiskFullError, HeteroRLError
 from services.runtime.failpoints import hit
 from services.runtime.log import get_logger
 from services.wire.delta import Weights
@@ -96,7 +96,7 @@ class RunLoop:
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
-        await self.checkpoint()
+        await self._p.plane.room.until_written("checkpoint", self.checkpoint)
 
     async def _one_step(self, batch: TakenBatch) -> TakenBatch | None:
         """Trains one batch and returns the next; None at the end."""
@@ -122,10 +122,7 @@ class RunLoop:
         next_batch = await self._publish_and_take(self._publish(step, weights, comparison, result.metrics))
         if self._due(p.config.checkpoint.every_steps):
             await self._published()
-            try:
-                await self.checkpoint()
-            except StorageError as error:  # the one before is still there, and the next may fit
-                _log.error("checkpoint_not_written", step=step, error=error)
+            await self._checkpoint_in_between()
         if self._due(p.config.eval.every_steps) and not self.finished:
             await self._published()
             self._evaluate_beside()
@@ -208,6 +205,16 @@ class RunLoop:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self._p.state.step % every == 0
+
+    async def _checkpoint_in_between(self) -> None:
+        """On a full disk it is left out where there is an earlier one, and waited for where there is none."""
+        if self._saved_step < 0:
+            await self._p.plane.room.until_written("checkpoint", self.checkpoint)
+            return
+        try:
+            await self.checkpoint()
+        except DiskFullError as error:
+            _log.error("checkpoint_not_written", step=self._p.state.step, newest=self._saved_step, error=error)
 
     async def checkpoint(self) -> None:
         """Writes the state after the last step, unless it is written."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from services.runtime.errors import StorageError
 from services.runtime.files import storage_errors
 
-_NO_SPACE = f"(os error {errno.ENOSPC})"
+_NO_ROOM = {f"(os error {code})": code for code in (errno.ENOSPC, errno.EDQUOT)}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -21,8 +21,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         try:
             save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:
-            if _NO_SPACE in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            for words, code in _NO_ROOM.items():
+                if words in str(error):
+                    raise OSError(code, os.strerror(code)) from error
             raise StorageError(f"cannot write {path}: {error}") from error
         descriptor = os.open(path, os.O_RDONLY)
         try:

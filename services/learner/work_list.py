@@ -101,6 +101,10 @@ class WorkList:
             if work.key in queue:
                 queue.remove(work.key)
 
+    def keep(self, work: Work) -> None:
+        """It was removed, but whoever worked on it still does."""
+        self._open[work.key] = work
+
     def put_back(self, works: Sequence[Work]) -> None:
         """Nobody works on these any more: to be granted before new prompts, or given up after too many tries."""
         for work in sorted(works, key=lambda work: (work.number, work.eval_index)):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from services.learner import disk_room
 from services.learner.app import ADDRESS_NAME
 from services.runtime import failpoints
-from services.runtime.errors import UnavailableError
+from services.runtime.errors import StorageError, UnavailableError
 from services.runtime.lifecycle import explain
 from services.runtime.log import get_logger
 from tests.support.learner_in_process import running_learner, small_config
@@ -64,10 +64,13 @@ async def test_a_full_disk_holds_a_run_up_and_ends_nothing(
     tmp_path: Path, policy_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk_room, "_RETRY_S", 0.05)
-    config = small_config(tmp_path, policy_dir, checkpoint={"every_steps": 2})
+    config = small_config(tmp_path, policy_dir, checkpoint={"every_steps": 1})
     points = ("publish.before_objects", "publish.after_objects", "journal.before_mark_trained")
     faults = [f"{point}=1*off->2*error(DiskFullError)->off" for point in points]
-    failpoints.arm("; ".join([*faults, "checkpoint.before_rename=1*error(DiskFullError)->off"]))
+    # The first is waited for, the second and third are left out, the last of the run is waited for.
+    full = "error(DiskFullError)"
+    faults.append(f"checkpoint.before_rename=2*{full}->1*off->3*{full}->off")
+    failpoints.arm("; ".join(faults))
     try:
         async with running_learner(config) as learner:
             sampler = await dial(learner.address, "eu-1", tmp_path / "sampler", first_digit)
@@ -80,7 +83,30 @@ async def test_a_full_disk_holds_a_run_up_and_ends_nothing(
     assert (summary["steps"], summary["groups_trained"]) == (3, 6)
     lines = [json.loads(line)["step"] for line in (config.run.state_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3]
-    assert [path.name for path in (config.run.state_dir / "checkpoints").iterdir()] == ["step-00000003"]
+    names = {path.name for path in (config.run.state_dir / "checkpoints").iterdir()}
+    assert names == {"step-00000001", "step-00000003"}
+
+
+async def test_a_disk_that_fails_at_a_checkpoint_ends_the_learner(tmp_path: Path, policy_dir: Path) -> None:
+    failpoints.arm("checkpoint.before_rename=1*error(StorageError)->off")
+    config = small_config(tmp_path, policy_dir, checkpoint={"every_steps": 1})
+
+    async def run() -> None:
+        async with running_learner(config) as learner:
+            sampler = await dial(learner.address, "eu-1", tmp_path / "sampler", first_digit)
+            working = asyncio.create_task(sampler.work())
+            await asyncio.wait((learner.ended,), timeout=60)
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            await sampler.close()
+
+    try:
+        with pytest.raises(ExceptionGroup) as caught:
+            await run()
+    finally:
+        failpoints.arm("")
+    error = explain(caught.value, get_logger("test"))
+    assert (type(error), error.exit_code) == (StorageError, 74)
 
 
 async def test_a_signal_ends_it_with_a_checkpoint_and_the_next_start_goes_on(tmp_path: Path, policy_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """A journal that was damaged, lost, or put back from an older copy: what it says is never trained on by mistake."""
 
 import asyncio
+import math
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -93,3 +94,17 @@ async def test_what_a_restored_learner_forgot_puts_no_sampler_into_quarantine(tm
             assert (verdict.code, verdict.reason) == (VerdictCode.INVALID, "NEVER_LEASED")
         run.seq = 9
         await run.answer(*await run.lease(1))
+
+
+async def test_an_old_lease_excuses_no_rubbish(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        group = group_for((await run.lease(1))[0])
+    async with Running(await plane_again(tmp_path, known_epoch=4)) as run:
+        await run.plane.advance(0, root(0))
+        nan = tuple(replace(one, reward=math.nan) for one in group.completions)
+        for seq in range(1, 9):
+            await run.submit(envelope(seq, replace(group, lease_id=f"3-t{seq}-1", completions=nan)))
+        verdict = await run.submit(envelope(9, group_for((await run.lease(1))[0])))
+        assert isinstance(verdict, Verdict)
+        assert verdict.code is VerdictCode.QUARANTINED

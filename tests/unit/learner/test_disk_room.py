@@ -38,6 +38,19 @@ async def test_what_was_refused_is_written_when_there_is_room_and_both_are_told(
     assert await room.change() is False
 
 
+async def test_what_nobody_brings_again_does_not_say_for_ever_that_the_disk_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(disk_room, "_FORGOTTEN_S", 0.02)
+    room = DiskRoom()
+    room.refused("groups", DiskFullError("no room"))
+    assert await room.change() is True
+    async with asyncio.timeout(5):
+        while await room.change():
+            pass
+    assert not room.full
+
+
 async def test_room_for_one_thing_is_not_room_for_all() -> None:
     room = DiskRoom()
     room.refused("groups", DiskFullError("no room"))

@@ -174,6 +174,17 @@ async def test_one_answer_holds_no_more_prompts_than_fit_a_message() -> None:
     assert [len(await given.leases(count=4)) for _ in range(2)] == [2, 4]  # 2 large, then 2 large and 2 small
 
 
+async def test_a_group_that_could_not_be_written_keeps_its_lease_however_often_it_comes() -> None:
+    given = Table()
+    given.table.advance(0)
+    lease = (await given.leases(count=1))[0]
+    for _ in range(20):
+        given.table.take_back(given.table.answer(lease.lease_id, "a"))
+        assert lease.prompt.prompt_id not in ids(await given.leases("b"))
+    assert given.table.facts(lease.lease_id, "a").standing is Standing.OPEN
+    assert given.given_up == []
+
+
 async def test_leases_that_cannot_be_recorded_are_not_granted() -> None:
     given = Table()
     given.table.advance(0)
