@@ -57,7 +57,7 @@ def _samplers(status: monitor_pb2.RunStatus) -> list[str]:
         sentences += [
             f"{name} gave up {count} of {made} groups: {reason}; its log says why"
             for reason, count in sorted(report.groups_dropped.items())
-            if count / made >= _DROPPED_WORTH_SAYING
+            if count and count / made >= _DROPPED_WORTH_SAYING
         ]
         if report.grader_restarts:
             sentences.append(f"{name}'s grader workers restarted {report.grader_restarts} times")

@@ -17,7 +17,7 @@ from services.runtime.backoff import Backoff
 from services.runtime.errors import BadInputError, CorruptObjectError, ExhaustedError, ObjectGoneError, UnavailableError
 from services.runtime.log import get_logger
 from services.wire.convert import from_announcement
-from services.wire.errors import from_rpc_error
+from services.wire.errors import peer_error
 from services.wire.object_reader import ObjectReader
 from services.wire.types import Announcement, ObjectRef, SignedManifest
 
@@ -68,7 +68,7 @@ class Upstream:
                     backoff.reset()
                     self._announce(from_announcement(message))
             except grpc.aio.AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = peer_error(rpc_error)
                 if not isinstance(error, _RETRIED):
                     raise error from None
                 self.trouble = str(error)
@@ -115,7 +115,7 @@ class Upstream:
         try:
             return await self._control.GetPlan(request, timeout=timeout_s, wait_for_ready=self.connected)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            raise peer_error(error) from None
 
     def note_sizes(self, objects: Iterable[ObjectRef]) -> None:
         """Remembers what upstream said of the newest objects."""

@@ -287,7 +287,10 @@ class Follower:
         failpoints.hit("follow.after_apply")
         self._keyframe_only = False
         self._sources.worked(source)
-        self._cache.evict(())
+        try:
+            self._cache.evict(())
+        except StorageError as error:  # these weights are proved all the same
+            _log.warning("object_cache_not_tidied", error=error)
         _log.info(
             "version_fetched",
             version=manifest.version,

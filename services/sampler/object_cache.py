@@ -18,7 +18,7 @@ from services.runtime.log import get_logger
 from services.sampler.object_ranges import PART_SUFFIX, Progress, Range, begin, discard, join, ranges_of
 from services.sampler.weight_sources import SourceName, WeightSources
 from services.wire.object_reader import ObjectReader
-from services.wire.objects import file_digest
+from services.wire.objects import file_digest, object_id_of
 from services.wire.types import ObjectRef
 
 _log = get_logger("sampler.objects")
@@ -83,10 +83,9 @@ class ObjectCache:
             ranges[0].path.replace(path)
 
     def put(self, ref: ObjectRef, data: bytes) -> None:
-        """Takes an object that nobody asked for, as it came: `fetch` finds out whether it is the one. Blocks.
-
-        Raises StorageError.
-        """
+        """Takes an object that nobody asked for. Blocks. Raises CorruptObjectError for other bytes, StorageError."""
+        if object_id_of(data) != ref.object_id:
+            raise CorruptObjectError("an object that nobody asked for does not have its digest: it is fetched")
         path = self._directory / ref.object_id
         coming = path.with_name(f"{path.name}.pushed")
         with storage_errors(f"write {coming}"):

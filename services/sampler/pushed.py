@@ -43,6 +43,10 @@ class PushedObjects:
         self._known: frozenset[ObjectRef] = frozenset()
         """Named before the question was sent: not expected."""
         self._came: set[str] = set()
+        self._order: dict[str, int] = {}
+        """Of those that were waited for: they come in the order in which they are named."""
+        self._reached = -1
+        """Where in that order the learner is."""
         self._sign = asyncio.Event()
         self._sign_s = 0.0
         self._not_before_s = float("-inf")
@@ -56,7 +60,9 @@ class PushedObjects:
         if learner.is_relay or len(learner.readers) > 1 or time.monotonic() < self._not_before_s:
             return
         self._base_root, self._known, self._came = held_root, frozenset(known), set()
+        self._order, self._reached = {}, -1
         self._following = asyncio.create_task(self._take(held_root, len(known), most_bytes))
+        self._following.add_done_callback(_report)
 
     async def end(self) -> None:
         """Takes no more. What came stays on disk."""
@@ -69,12 +75,15 @@ class PushedObjects:
         """*Waits for* an object that the learner is to send; *produces* whether it is there; on False it is not going
         to be."""
         named_s = time.monotonic()
+        self._order.setdefault(ref.object_id, len(self._order))
+        self._note(ref)
         while (task := self._following) is not None and not task.done() and self._is_expected(ref):
             left_s = max(named_s, self._sign_s) + _PATIENCE_S - time.monotonic()
             if left_s <= 0:
-                _log.info("pushed_objects_too_slow", aside_s=_ASIDE_S)
-                self._not_before_s = time.monotonic() + _ASIDE_S
-                task.cancel()
+                if not task.cancelling():
+                    _log.info("pushed_objects_too_slow", aside_s=_ASIDE_S)
+                    self._not_before_s = time.monotonic() + _ASIDE_S
+                    task.cancel()
                 break
             self._sign.clear()
             with suppress(TimeoutError):
@@ -83,7 +92,13 @@ class PushedObjects:
         return ref.object_id in self._came
 
     def _is_expected(self, ref: ObjectRef) -> bool:
-        return ref.size_bytes <= MAX_CHUNK_BYTES and ref not in self._known and ref.object_id not in self._came
+        if ref.size_bytes > MAX_CHUNK_BYTES or ref in self._known or ref.object_id in self._came:
+            return False
+        return self._order[ref.object_id] > self._reached
+
+    def _note(self, ref: ObjectRef) -> None:
+        if ref.object_id in self._came:
+            self._reached = max(self._reached, self._order.get(ref.object_id, -1))
 
     async def _take(self, base_root: str, first: int, most_bytes: int) -> None:
         request = weights_pb2.FollowUpdateRequest(run_id=self._run_id, base_root=base_root, first=first)
@@ -97,6 +112,7 @@ class PushedObjects:
                 await asyncio.to_thread(self._cache.put, ref, message.data)
                 self._sources.received_bytes["learner"] += len(message.data)
                 self._came.add(ref.object_id)
+                self._note(ref)
                 self._sign_s = time.monotonic()
                 self._sign.set()
         except grpc.aio.AioRpcError as error:
@@ -107,3 +123,8 @@ class PushedObjects:
         finally:
             call.cancel()
             self._sign.set()
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("pushed_objects_failed", error=error)

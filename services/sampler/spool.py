@@ -17,7 +17,8 @@ from services.wire.types import GroupEnvelope
 
 _log = get_logger("sampler.spool")
 _LEASING_SHARE = 0.8
-_RETRY_S = 5.0
+RETRY_S = 5.0
+"""A disk that was full is tried again."""
 _T = TypeVar("_T")
 
 
@@ -29,6 +30,8 @@ class Spool:
         self._thread = thread
         self.max_bytes = max_bytes
         """Budget of payload bytes."""
+        self._owed_seq = 0
+        """Acknowledged through here, but the disk was too full to forget it; 0 for nothing."""
         self._refused = 0
         """Groups that wait for room on the disk."""
         self.groups = 0
@@ -95,7 +98,7 @@ class Spool:
                     if not waiting:
                         waiting = True
                         self._wait_begins(error)
-                    await asyncio.sleep(_RETRY_S)
+                    await asyncio.sleep(RETRY_S)
                 else:
                     return seq
         finally:
@@ -109,18 +112,32 @@ class Spool:
         return await self._call(lambda: self._file.read_from(seq, max_bytes))
 
     async def delete_through(self, seq: int) -> None:
-        """Only an acknowledgement may lead here. A disk too full even for that keeps the groups until the next one."""
+        """Only an acknowledgement may lead here. A disk too full even for that keeps the groups until `forget_owed`."""
         if self.first_seq and seq >= self.first_seq:
             try:
                 await self._call(lambda: self._file.delete_through(seq))
             except DiskFullError as error:
-                _log.warning("spool_cannot_forget", error=error)
+                if not self._owed_seq:
+                    _log.warning("spool_cannot_forget", error=error, retry_s=RETRY_S)
+                self._owed_seq = max(self._owed_seq, seq)
                 return
+            if seq >= self._owed_seq:
+                self._owed_seq = 0
             await self._measure()
+
+    @property
+    def owes(self) -> bool:
+        """Whether acknowledged groups are still there."""
+        return self._owed_seq > 0
+
+    async def forget_owed(self) -> None:
+        """Tries again."""
+        await self.delete_through(self._owed_seq)
 
     async def renumber(self) -> None:
         """See SpoolFile.renumber."""
         await self._call(self._file.renumber)
+        self._owed_seq = 0
         await self._measure()
 
     async def close(self) -> None:
@@ -142,7 +159,7 @@ class Spool:
 
     def _wait_begins(self, error: DiskFullError) -> None:
         if not self._refused:
-            _log.error("spool_cannot_write", error=error, retry_s=_RETRY_S)
+            _log.error("spool_cannot_write", error=error, retry_s=RETRY_S)
         self._refused += 1
         self._signal()
 

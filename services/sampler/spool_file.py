@@ -26,6 +26,9 @@ CREATE TABLE groups (
 );
 """
 _FORMAT = 1
+_REFUSED_WRITES = frozenset({sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
+"""What SQLite makes of a used-up quota, and of no room for its shared memory. Unlike after a failed fsync, nothing was
+taken for written."""
 
 
 def uuid7(unix_ms: int, random_bytes: bytes) -> str:
@@ -169,6 +172,7 @@ def _storage(what: str) -> Generator[None]:
 
 
 def _fault(failure: str, error: sqlite3.Error) -> StorageError:
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-        return DiskFullError(f"{failure}: {error}; free disk space")
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code & 0xFF == sqlite3.SQLITE_FULL or code in _REFUSED_WRITES:
+        return DiskFullError(f"{failure}: {error}; free disk space, or its quota")
     return StorageError(f"{failure}: {error}; check the disk and who may write there")

@@ -25,7 +25,7 @@ from services.runtime.errors import (
 )
 from services.runtime.log import get_logger
 from services.sampler.session import LearnerSession
-from services.sampler.spool import Spool
+from services.sampler.spool import RETRY_S, Spool
 from services.sampler.tally import Tally
 from services.wire.convert import from_verdict, to_envelope, to_session
 from services.wire.types import VerdictCode
@@ -141,6 +141,8 @@ class Submitter:
 
     async def _send(self, call: SubmitStream) -> None:
         while True:
+            if self._spool.owes:
+                await self._spool.forget_owed()
             self._spool.grew.clear()
             self._moved.clear()
             envelopes = await self._spool.read_from(self._next_seq, _READ_BYTES) if self._may_send(0) else []
@@ -165,10 +167,11 @@ class Submitter:
         return sum(size for _, size in self._in_flight) + payload_bytes <= self._window
 
     async def _something_new(self) -> None:
-        """Waits for a group in the spool or for news from the learner."""
+        """Waits for a group in the spool, for news from the learner, or until a full disk is to be tried again."""
+        timeout_s = RETRY_S if self._spool.owes else None
         waits = [asyncio.ensure_future(event.wait()) for event in (self._spool.grew, self._moved)]
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()

@@ -13,7 +13,7 @@ import grpc
 
 from heterorl.v1 import weights_pb2
 from services.runtime.errors import CorruptObjectError, UnavailableError
-from services.wire.errors import from_rpc_error
+from services.wire.errors import peer_error
 from services.wire.objects import CHUNK_BYTES, Chunk, verify_chunk
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only
@@ -86,7 +86,7 @@ class ObjectReader:
             slow = offset == start and self._clock() - asked_s > _QUICK_SHARE * self._stall_s
             if slow and error.code() is grpc.StatusCode.UNAVAILABLE:
                 self._ask_for_less()  # what was asked for stands before the answer to a ping, and that came too late
-            raise from_rpc_error(error) from None
+            raise peer_error(error) from None
         except TimeoutError:
             self._ask_for_less()
             raise UnavailableError(f"next to no weights came for {self._stall_s:.0f} s") from None

@@ -188,7 +188,8 @@ def from_heartbeat(message: control_pb2.HeartbeatRequest) -> t.SamplerReport:
         engine_restarts=message.engine_restarts,
         grader_restarts=message.grader_restarts,
         groups_dropped={
-            reason[:_MOST_CHARACTERS]: count for reason, count in islice(message.groups_dropped.items(), _MOST_REASONS)
+            "".join(filter(str.isprintable, reason[:_MOST_CHARACTERS])): count
+            for reason, count in islice(message.groups_dropped.items(), _MOST_REASONS)
         },
         engine=from_engine(message.engine) if message.HasField("engine") else None,
     )

@@ -9,6 +9,7 @@ import pytest
 from heterorl.v1 import control_pb2
 from heterorl.v1.control_pb2_grpc import ControlServiceStub
 from heterorl.v1.rollouts_pb2_grpc import RolloutServiceStub
+from services.runtime import failpoints
 from services.runtime.backoff import Backoff
 from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
@@ -96,6 +97,25 @@ async def test_an_acknowledgement_of_what_was_never_sent_deletes_nothing(tmp_pat
         async with asyncio.timeout(10):
             await spool.empty.wait()
     assert rollouts.journal == payloads
+    await spool.close()
+
+
+async def test_what_a_full_disk_could_not_forget_is_forgotten_without_another_acknowledgement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.sampler.submitter.RETRY_S", 0.05)
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    rollouts = ScriptedRollouts()
+    failpoints.arm("spool.before_delete_commit=3*error(DiskFullError)->off")
+    try:
+        async with serving(rollouts=rollouts) as served, submitting(served, spool, []):
+            sent = await fill(spool, 0, 1)
+            async with asyncio.timeout(10):
+                await spool.empty.wait()
+    finally:
+        failpoints.arm("")
+    assert rollouts.journal == sent
+    assert rollouts.streams == 1
     await spool.close()
 
 

@@ -1,7 +1,7 @@
 """Small objects of the next update come without a question; what does not come, or comes wrong, is fetched."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -289,6 +289,48 @@ class Silent(Pushing):
         self.follows += 1
         await asyncio.Event().wait()
         yield Sent()
+
+
+class Skipping(Pushing):
+    """Sends all but the first object of each update, and never ends."""
+
+    async def FollowUpdate(self, request: weights_pb2.FollowUpdateRequest, context: object) -> AsyncIterator[Sent]:
+        self.follows += 1
+        first = True
+        async for message in self._stub.FollowUpdate(request):
+            if not first:
+                yield message
+            first = False
+        await asyncio.Event().wait()
+
+
+async def test_an_object_that_was_left_out_is_not_waited_for(tmp_path: Path) -> None:
+    async with learner_site(tmp_path / "learner") as site, tampering(site.address, Skipping) as (address, service):
+        assert isinstance(service, Skipping)
+        await site.publisher.publish(0, weights := make_weights(1))
+        async with following(tmp_path / "s", address, site.public_key, held=own(weights)) as sampler:
+            await site.publisher.publish(1, weights := nudged(weights, 1))
+            assert await sampler.reach(1) == root_of(weights)
+            await site.publisher.publish(2, weights := nudged(weights, 2))
+            assert await sampler.reach(2) == root_of(weights)
+            assert service.fetched(site, 1, 2) == 2
+            assert service.follows >= 2, "patience did not end: another update was followed"
+
+
+async def test_a_cache_that_cannot_be_tidied_loses_no_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tidy = ObjectCache.evict
+
+    def evict(cache: ObjectCache, keep: Collection[str]) -> None:
+        if not keep:
+            raise StorageError("cannot tidy: Permission denied")
+        tidy(cache, keep)
+
+    monkeypatch.setattr(ObjectCache, "evict", evict)
+    async with learner_site(tmp_path / "learner") as site:
+        await site.publisher.publish(0, weights := make_weights(1))
+        async with following(tmp_path / "s", site.address, site.public_key) as sampler:
+            await site.publisher.publish(1, weights := nudged(weights, 1))
+            assert await sampler.reach(1) == root_of(weights)
 
 
 async def test_a_full_disk_is_for_the_fetch_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,13 @@ def test_what_stands_in_the_way_comes_before_how_idle_the_learner_was_and_no_mor
     assert not any("more or faster samplers" in sentence for sentence in found)
 
 
+def test_a_report_of_no_groups_at_all_breaks_nothing():
+    report = control_pb2.HeartbeatRequest(groups_dropped={"scoring_failed": 0})
+    assert not any(
+        "gave up" in sentence for sentence in findings(monitor_pb2.RunStatus(samplers=[sampler(report=report)]))
+    )
+
+
 def test_groups_that_a_sampler_gave_up_are_told_with_the_reason():
     report = control_pb2.HeartbeatRequest(groups_total=51, groups_dropped={"scoring_failed": 149, "bad_gold": 1})
     (sentence,) = findings(monitor_pb2.RunStatus(samplers=[sampler(report=report)]))

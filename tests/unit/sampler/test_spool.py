@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from services.runtime import failpoints
-from services.runtime.errors import StorageError
+from services.runtime.errors import DiskFullError, StorageError
 from services.sampler.spool import Spool
-from services.sampler.spool_file import uuid7
+from services.sampler.spool_file import _fault, uuid7
 
 
 async def test_seqs_rise_from_one_without_gaps_and_never_come_again(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ async def test_renumbering_starts_a_new_spool_id_at_one_and_keeps_the_groups(tmp
 
 
 async def test_a_full_disk_stops_generating_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.sampler.spool._RETRY_S", 0.05)
+    monkeypatch.setattr("services.sampler.spool.RETRY_S", 0.05)
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
     failpoints.arm("spool.before_commit=2*error(DiskFullError)->off")
     try:
@@ -151,6 +151,34 @@ async def test_a_disk_that_fails_is_not_written_to_again(tmp_path: Path) -> None
     finally:
         failpoints.arm("")
     await spool.close()
+
+
+async def test_a_disk_too_full_to_forget_keeps_the_groups_until_they_are_forgotten_later(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 10)
+    await spool.bind("run")
+    await spool.append(b"more than all its room")
+    failpoints.arm("spool.before_delete_commit=2*error(DiskFullError)->off")
+    try:
+        await spool.delete_through(1)
+        await spool.forget_owed()
+        assert spool.owes
+        assert not spool.room.is_set()
+        await spool.forget_owed()
+    finally:
+        failpoints.arm("")
+    assert not spool.owes
+    assert spool.room.is_set()
+    assert spool.empty.is_set()
+    await spool.close()
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE])
+def test_a_refused_write_is_tried_again_and_a_failed_fsync_is_not(code: int) -> None:
+    refused = sqlite3.OperationalError("disk I/O error")
+    refused.sqlite_errorcode = code  # type: ignore[misc]
+    assert isinstance(_fault("cannot write", refused), DiskFullError)
+    refused.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC  # type: ignore[misc]
+    assert not isinstance(_fault("cannot write", refused), DiskFullError)
 
 
 async def test_a_disk_too_full_to_forget_keeps_the_groups_until_the_next_acknowledgement(tmp_path: Path) -> None:

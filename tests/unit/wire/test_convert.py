@@ -144,13 +144,14 @@ def test_what_a_report_makes_the_learner_keep_is_bounded():
     message = control_pb2.HeartbeatRequest(
         state=types_pb2.SAMPLER_STATE_GENERATING,
         policy_root=flood,
-        groups_dropped={f"{flood}{n}": 1 for n in range(1000)},
+        groups_dropped={f"\x1b[2J{flood}{n}": 1 for n in range(1000)},
         engine=control_pb2.EngineInfo(kind=flood, version=flood, device=flood, dtype=flood),
     )
     kept = convert.to_heartbeat(
         t.Session(run_id="run", sampler_id="evil", learner_epoch=1, session_epoch=1), convert.from_heartbeat(message)
     )
     assert kept.ByteSize() < 20_000
+    assert all(reason.isprintable() for reason in kept.groups_dropped), "it is shown on terminals"
 
 
 def test_a_million_empty_completions_are_refused_before_they_become_objects():
