@@ -1,6 +1,7 @@
 """The demo as a user runs it: real processes, mutual TLS, emulated wide-area links, one SIGKILL."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +58,19 @@ def test_metrics_hold_a_line_for_every_step_and_the_report_stands_alone(demo: Pa
     assert "<script" not in report
 
 
-def test_the_exported_policy_answers_a_sum(demo: Path):
+def test_the_exported_policy_answers_most_sums(demo: Path):
     tokenizer = AutoTokenizer.from_pretrained(demo / "policy")
     model = AutoModelForCausalLM.from_pretrained(demo / "policy")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "123+456="}], add_generation_prompt=True, tokenize=False
-    )
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    output = model.generate(input_ids=inputs["input_ids"], max_new_tokens=8, do_sample=False)
-    assert tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == "579"
+
+    def answer(left: int, right: int) -> str:
+        messages = [{"role": "user", "content": f"{left}+{right}="}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        output = model.generate(input_ids=inputs["input_ids"], max_new_tokens=8, do_sample=False)
+        return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    # Nine of ten are right at the end, three of ten at the beginning.
+    draws = random.Random(1)
+    sums = [(draws.randint(100, 999), draws.randint(100, 999)) for _ in range(20)]
+    right = sum(answer(left, right) == str(left + right) for left, right in sums)
+    assert right >= 12

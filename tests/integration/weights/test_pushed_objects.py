@@ -36,14 +36,27 @@ class Pushing(Tampering):
     """Forwards FollowUpdate too; `push` changes what it sends."""
 
     push: Callable[[weights_pb2.FollowUpdateResponse], weights_pb2.FollowUpdateResponse] = staticmethod(lambda one: one)
-    follows: int = 0
     off: int = 0
     """So many questions are answered with nothing."""
+
+    def __init__(self, upstream: Address) -> None:
+        super().__init__(upstream)
+        self.follows = 0
+        self._asked = asyncio.Event()
+
+    async def asked(self) -> None:
+        """Returns once a sampler waits for the next update: from then on it comes unasked."""
+        async with asyncio.timeout(10):
+            await self._asked.wait()
+
+    def _count(self) -> None:
+        self.follows += 1
+        self._asked.set()
 
     async def FollowUpdate(
         self, request: weights_pb2.FollowUpdateRequest, context: object
     ) -> AsyncIterator[weights_pb2.FollowUpdateResponse]:
-        self.follows += 1
+        self._count()
         if self.follows > self.off:
             async for message in self._stub.FollowUpdate(request):
                 yield self.push(message)
@@ -99,6 +112,7 @@ async def test_an_update_comes_whole_without_one_question(tmp_path: Path, puts: 
     async with learner_site(tmp_path / "learner") as site, pushing(site) as (address, service):
         await site.publisher.publish(0, weights := make_weights(1))
         async with following(tmp_path / "s", address, site.public_key, held=own(weights)) as sampler:
+            await service.asked()
             for version in (1, 2, 3):
                 before = sampler.tally.weights_bytes
                 with gated(site, 3) as gate:
@@ -117,9 +131,10 @@ async def test_an_update_comes_whole_without_one_question(tmp_path: Path, puts: 
 
 
 async def test_the_learner_counts_what_it_pushes(tmp_path: Path, puts: Puts) -> None:
-    async with learner_site(tmp_path / "learner") as site:
+    async with learner_site(tmp_path / "learner") as site, pushing(site) as (address, service):
         await site.publisher.publish(0, weights := make_weights(1))
-        async with following(tmp_path / "s", site.address, site.public_key, held=own(weights)) as sampler:
+        async with following(tmp_path / "s", address, site.public_key, held=own(weights)) as sampler:
+            await service.asked()
             await site.publisher.publish(1, weights := nudged(weights, 1))
             await sampler.reach(1)
             receiver = site.traffic.of("eu-1")
@@ -137,6 +152,7 @@ async def test_larger_objects_are_fetched_and_the_others_still_come(
         for module in (weight_service, pushed):
             monkeypatch.setattr(module, "MAX_CHUNK_BYTES", sizes[0] - 1)
         async with following(tmp_path / "s", address, site.public_key) as sampler:
+            await service.asked()
             weights = nudged(weights, 2, changes=600)
             weights["a.weight"] = (await sampler.follower.first()).weights["a.weight"]
             await site.publisher.publish(2, weights)
@@ -164,6 +180,7 @@ async def test_what_was_named_before_is_fetched_and_only_the_rest_is_pushed(
         service.before = lambda _: go_on.wait()
         await site.publisher.publish(0, weights := make_weights(1))
         async with following(tmp_path / "s", address, site.public_key, held=own(weights)) as sampler:
+            await service.asked()
             await site.publisher.publish(1, weights := nudged(weights, 1))
             with gated(site, 3) as gate:
                 publishing = asyncio.create_task(site.publisher.publish(2, weights := nudged(weights, 2)))
@@ -276,6 +293,7 @@ async def test_a_link_that_is_too_slow_for_it_is_left_alone(tmp_path: Path, monk
         assert isinstance(service, Silent)
         await site.publisher.publish(0, weights := make_weights(1))
         async with following(tmp_path / "s", address, site.public_key, held=own(weights)) as sampler:
+            await service.asked()
             for version in (1, 2):
                 await site.publisher.publish(version, weights := nudged(weights, version))
                 assert await sampler.reach(version) == root_of(weights)
@@ -286,7 +304,7 @@ class Silent(Pushing):
     """Takes the question and says nothing."""
 
     async def FollowUpdate(self, request: object, context: grpc.aio.ServicerContext) -> AsyncIterator[Sent]:
-        self.follows += 1
+        self._count()
         await asyncio.Event().wait()
         yield Sent()
 
@@ -295,7 +313,7 @@ class Skipping(Pushing):
     """Sends all but the first object of each update, and never ends."""
 
     async def FollowUpdate(self, request: weights_pb2.FollowUpdateRequest, context: object) -> AsyncIterator[Sent]:
-        self.follows += 1
+        self._count()
         first = True
         async for message in self._stub.FollowUpdate(request):
             if not first:
@@ -309,6 +327,7 @@ async def test_an_object_that_was_left_out_is_not_waited_for(tmp_path: Path) -> 
         assert isinstance(service, Skipping)
         await site.publisher.publish(0, weights := make_weights(1))
         async with following(tmp_path / "s", address, site.public_key, held=own(weights)) as sampler:
+            await service.asked()
             await site.publisher.publish(1, weights := nudged(weights, 1))
             assert await sampler.reach(1) == root_of(weights)
             await site.publisher.publish(2, weights := nudged(weights, 2))
