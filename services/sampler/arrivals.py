@@ -9,10 +9,7 @@ Nothing here is believed: what the objects make is used once a signed manifest h
 import asyncio
 from collections.abc import Callable, Iterable
 
-from services.wire.types import Announcement, Coming, ObjectRef, Plan
-
-_MORE_THAN_FULL_BYTES = 64 << 20
-"""An update is at most the whole weights and its tables."""
+from services.wire.types import TABLES_BYTES, Announcement, Coming, ObjectRef, Plan
 
 
 class Arrivals:
@@ -26,7 +23,7 @@ class Arrivals:
         """The whole of it, once it is announced; None where it was given up."""
         self.over = False
         """Whether no more will come."""
-        self._left_bytes = most_bytes + _MORE_THAN_FULL_BYTES
+        self._left_bytes = most_bytes + TABLES_BYTES
         self.refs: tuple[ObjectRef, ...] = ()
         """Those that were named."""
         self._named: Callable[[Iterable[ObjectRef]], None] = _nobody

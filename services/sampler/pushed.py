@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -31,6 +32,37 @@ _ASIDE_S = 600.0
 _log = get_logger("sampler.weights")
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Update:
+    """What the learner is to send of the update from one base, and what of it came."""
+
+    base_root: str
+    known: frozenset[ObjectRef]
+    """Named before the question was sent: these do not come."""
+    came: set[str] = field(default_factory=set[str])
+    order: dict[str, int] = field(default_factory=dict[str, int])
+    """Of those that are waited for: they come in the order in which they are named."""
+    reached: int = -1
+    """Where in that order the learner is."""
+
+    def wait_for(self, ref: ObjectRef) -> None:
+        self.order.setdefault(ref.object_id, len(self.order))
+        self._reach(ref)
+
+    def take(self, ref: ObjectRef) -> None:
+        self.came.add(ref.object_id)
+        self._reach(ref)
+
+    def _reach(self, ref: ObjectRef) -> None:
+        if ref.object_id in self.came:
+            self.reached = max(self.reached, self.order.get(ref.object_id, -1))
+
+    def expects(self, ref: ObjectRef) -> bool:
+        """Whether an object that is waited for is still to come."""
+        sent = ref.size_bytes <= MAX_CHUNK_BYTES and ref not in self.known
+        return sent and self.order[ref.object_id] > self.reached
+
+
 class PushedObjects:
     """From the learner alone: with a relay, or several channels, objects are better fetched."""
 
@@ -38,30 +70,22 @@ class PushedObjects:
         self._sources = sources
         self._cache = cache
         self._run_id = run_id
+        self._update = _Update(base_root="", known=frozenset())
         self._following: asyncio.Task[None] | None = None
-        self._base_root = ""
-        self._known: frozenset[ObjectRef] = frozenset()
-        """Named before the question was sent: not expected."""
-        self._came: set[str] = set()
-        self._order: dict[str, int] = {}
-        """Of those that were waited for: they come in the order in which they are named."""
-        self._reached = -1
-        """Where in that order the learner is."""
         self._sign = asyncio.Event()
         self._sign_s = 0.0
         self._not_before_s = float("-inf")
 
     async def follow(self, held_root: str, known: Collection[ObjectRef], most_bytes: int) -> None:
         """From now on takes objects of the update from `held_root`, but for those `known`; at most so many bytes."""
-        if held_root == self._base_root and self._following is not None and not self._following.done():
+        if held_root == self._update.base_root and self._following is not None and not self._following.done():
             return
         await self.end()
         learner = self._sources.current
         if learner.is_relay or len(learner.readers) > 1 or time.monotonic() < self._not_before_s:
             return
-        self._base_root, self._known, self._came = held_root, frozenset(known), set()
-        self._order, self._reached = {}, -1
-        self._following = asyncio.create_task(self._take(held_root, len(known), most_bytes))
+        self._update = _Update(base_root=held_root, known=frozenset(known))
+        self._following = asyncio.create_task(self._take(self._update, most_bytes))
         self._following.add_done_callback(_report)
 
     async def end(self) -> None:
@@ -75,9 +99,9 @@ class PushedObjects:
         """*Waits for* an object that the learner is to send; *produces* whether it is there; on False it is not going
         to be."""
         named_s = time.monotonic()
-        self._order.setdefault(ref.object_id, len(self._order))
-        self._note(ref)
-        while (task := self._following) is not None and not task.done() and self._is_expected(ref):
+        task, update = self._following, self._update
+        update.wait_for(ref)
+        while task is not None and not task.done() and update.expects(ref):
             left_s = max(named_s, self._sign_s) + _PATIENCE_S - time.monotonic()
             if left_s <= 0:
                 if not task.cancelling():
@@ -89,19 +113,12 @@ class PushedObjects:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await self._sign.wait()
-        return ref.object_id in self._came
+        return ref.object_id in update.came
 
-    def _is_expected(self, ref: ObjectRef) -> bool:
-        if ref.size_bytes > MAX_CHUNK_BYTES or ref in self._known or ref.object_id in self._came:
-            return False
-        return self._order[ref.object_id] > self._reached
-
-    def _note(self, ref: ObjectRef) -> None:
-        if ref.object_id in self._came:
-            self._reached = max(self._reached, self._order.get(ref.object_id, -1))
-
-    async def _take(self, base_root: str, first: int, most_bytes: int) -> None:
-        request = weights_pb2.FollowUpdateRequest(run_id=self._run_id, base_root=base_root, first=first)
+    async def _take(self, update: _Update, most_bytes: int) -> None:
+        request = weights_pb2.FollowUpdateRequest(
+            run_id=self._run_id, base_root=update.base_root, first=len(update.known)
+        )
         call = self._sources.learner.stub.FollowUpdate(request, wait_for_ready=True)
         try:
             while isinstance(message := await call.read(), weights_pb2.FollowUpdateResponse):
@@ -111,8 +128,7 @@ class PushedObjects:
                     break
                 await asyncio.to_thread(self._cache.put, ref, message.data)
                 self._sources.received_bytes["learner"] += len(message.data)
-                self._came.add(ref.object_id)
-                self._note(ref)
+                update.take(ref)
                 self._sign_s = time.monotonic()
                 self._sign.set()
         except grpc.aio.AioRpcError as error:

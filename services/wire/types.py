@@ -208,6 +208,10 @@ class SignedManifest:
     decoded: Manifest
 
 
+TABLES_BYTES = 64 << 20
+"""Beside whole weights, an update has at most so much: tables and headers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanStep:
     kind: UpdateKind

@@ -5,9 +5,6 @@ from services.runtime.errors import BadInputError, CorruptObjectError
 from services.wire import types as t
 from services.wire.convert.shared import enum_of, from_objects, parse, to_object
 
-_SLACK_BYTES = 64 << 20
-"""Tables and headers of small weights."""
-
 
 def encode_manifest(manifest: t.Manifest) -> bytes:
     """The bytes to sign and to keep."""
@@ -97,7 +94,7 @@ def from_plan(message: weights_pb2.GetPlanResponse) -> t.Plan:
     """Raises CorruptObjectError too, for a plan of more bytes than any way to weights of that size: a keyframe is one,
     and a claim of any size would fill the disk of whoever believes it."""
     plan = t.Plan(target=from_signed(message.target), steps=tuple(_from_step(step) for step in message.steps))
-    if plan.total_bytes > 2 * plan.target.decoded.full_bytes + _SLACK_BYTES:
+    if plan.total_bytes > 2 * plan.target.decoded.full_bytes + t.TABLES_BYTES:
         raise CorruptObjectError(
             f"a plan of {plan.total_bytes} bytes leads to weights of {plan.target.decoded.full_bytes}: "
             "a keyframe is fetched"
