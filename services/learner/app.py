@@ -8,6 +8,7 @@ command goes on from there.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, stat
         DataSettings.of(config, policy.vocab_size),
         inputs.train,
         room=DiskRoom(process.drain),
-        known_epoch=max((row.manifest.decoded.learner_epoch for row in versions.rows.values()), default=0),
+        known_epoch=_known_epoch(versions),
     )
     publisher = Publisher(
         store=store,
@@ -160,6 +161,12 @@ async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, stat
         store=store,
         observed=Observed(config=config, state=state, plane=plane, publisher=publisher, traffic=traffic),
     )
+
+
+def _known_epoch(versions: VersionFiles) -> int:
+    """The clock's seconds, or what the versions here know, if that is more. A folder put back from a backup forgot
+    starts that samplers and relays remember: counting on from there would give leases and plans a second meaning."""
+    return max([int(time.time()), *(row.manifest.decoded.learner_epoch for row in versions.rows.values())])
 
 
 async def _restore(parts: LoopParts, versions: VersionFiles) -> None:

@@ -339,7 +339,7 @@ class Intake:
             name = LeaseName.parse(row.lease_id)
             # A learner that was restored from a backup may not know what it said before: no sampler's fault.
             before = sampler.quarantined
-            forgotten = name is not None and name.learner_epoch < self._sessions.learner_epoch
+            forgotten = name is not None and name.learner_epoch != self._sessions.learner_epoch
             sampler.invalid_streak += not (forgotten and row.reason in _OF_A_RESTORE)
             if sampler.quarantined and not before:
                 _log.error("sampler_quarantined", sampler_id=sampler.sampler_id, until="it registers again")

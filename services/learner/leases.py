@@ -271,7 +271,7 @@ class LeaseTable:
 
     def _renew(self, name: LeaseName | None, sampler_id: str, session_epoch: int, policy_version: int) -> bool:
         work = self._works.get(name.key) if name else None
-        if name is None or work is None or name.learner_epoch > self._epoch:
+        if name is None or work is None:
             return False
         holder = work.holder
         if holder is None:
@@ -344,7 +344,7 @@ class LeaseTable:
     def facts(self, lease_id: str, sampler_id: str) -> LeaseFacts:
         """What admission needs to know of the lease that a group of this sampler names."""
         name = LeaseName.parse(lease_id)
-        if name is None or name.learner_epoch > self._epoch:
+        if name is None:
             return LeaseFacts(standing=Standing.NEVER)
         work = self._works.get(name.key)
         if work is None:

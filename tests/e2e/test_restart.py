@@ -125,7 +125,8 @@ def check_run(folder: Path) -> None:
         assert spool.execute("SELECT COUNT(*) FROM groups").fetchone() == (0,)
     spool.close()
     registered = [event for event in events(folder, "sampler") if event["event"] == "registered"]
-    assert [event["learner_epoch"] for event in registered] == [1, 2]
+    first, second = (event["learner_epoch"] for event in registered)
+    assert first < second
     lines = [json.loads(line) for line in (folder / "learner" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     shares = [line["recomputed_share"] for line in lines if "loss" in line]

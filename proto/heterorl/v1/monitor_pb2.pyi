@@ -307,7 +307,7 @@ class RunStatus(google.protobuf.message.Message):
     run_id: builtins.str
     """The run."""
     learner_epoch: builtins.int
-    """Starts of the learner."""
+    """Rises with every start of the learner."""
     phase: Global___LearnerPhase.ValueType
     """What the learner is doing."""
     step: builtins.int

@@ -108,7 +108,7 @@ class Session(google.protobuf.message.Message):
     sampler_id: builtins.str
     """The sampler's name; must equal the id in the client certificate's SPIFFE URI."""
     learner_epoch: builtins.int
-    """Counts the learner's starts, from 1. An older value means: register again."""
+    """Rises with every start of the learner. An older value means: register again."""
     session_epoch: builtins.int
     """Counts registrations of this sampler id, from 1. An older value means: a newer process took over."""
     def __init__(

@@ -1,14 +1,17 @@
 """The learner's process, end to end, with samplers that follow a script."""
 
 import asyncio
+import itertools
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.learner import disk_room
+from services.learner import app, disk_room
 from services.learner.app import ADDRESS_NAME
 from services.runtime import failpoints
 from services.runtime.errors import StorageError, UnavailableError
@@ -113,7 +116,7 @@ async def test_a_signal_ends_it_with_a_checkpoint_and_the_next_start_goes_on(tmp
     config = small_config(tmp_path, policy_dir)
     async with running_learner(config) as learner:
         sampler = await dial(learner.address, "eu-1", tmp_path / "a", first_digit)
-        await sampler.follow()
+        first_epoch = (await sampler.follow()).target.decoded.learner_epoch
         groups = [sampler.generate(lease) for lease in await sampler.lease(2)]
         await sampler.submit(groups)
         while sampler.version < 1:
@@ -128,7 +131,7 @@ async def test_a_signal_ends_it_with_a_checkpoint_and_the_next_start_goes_on(tmp
         sampler = await dial(learner.address, "eu-1", tmp_path / "b", first_digit)
         plan = await sampler.follow()
         assert (plan.target.decoded.version, plan.target.decoded.root) == (1, root)
-        assert plan.target.decoded.learner_epoch == 2
+        assert plan.target.decoded.learner_epoch > first_epoch
         await sampler.work()
         await learner.ended
         await sampler.close()
@@ -137,6 +140,26 @@ async def test_a_signal_ends_it_with_a_checkpoint_and_the_next_start_goes_on(tmp
     assert second["groups_trained"] == 6
     steps = [json.loads(line)["step"] for line in (config.run.state_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+async def test_a_folder_put_back_from_a_backup_counts_no_start_twice(
+    tmp_path: Path, policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(1_800_000_000)
+    monkeypatch.setattr(app, "time", SimpleNamespace(time=lambda: next(seconds)))
+    config, backup = small_config(tmp_path, policy_dir), tmp_path / "backup"
+    epochs: list[int] = []
+    for before in ("a first start", "back up", "put back"):
+        if before == "back up":
+            shutil.copytree(config.run.state_dir, backup)
+        if before == "put back":
+            shutil.rmtree(config.run.state_dir)
+            backup.rename(config.run.state_dir)
+        async with running_learner(config) as learner:
+            sampler = await dial(learner.address, "eu-1", tmp_path / "s", first_digit)
+            epochs.append((await sampler.follow()).target.decoded.learner_epoch)
+            await sampler.close()
+    assert epochs[0] < epochs[1] < epochs[2]
 
 
 async def test_evaluation_gates_the_first_step_and_closes_the_run(tmp_path: Path, policy_dir: Path) -> None:

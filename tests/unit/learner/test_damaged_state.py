@@ -81,14 +81,15 @@ async def test_no_group_id_can_collide_with_the_journals_own(tmp_path: Path) -> 
         assert [verdict.reason for verdict in verdicts if isinstance(verdict, Verdict)] == ["BAD_GROUP_ID"] * 2 + [""]
 
 
-async def test_what_a_restored_learner_forgot_puts_no_sampler_into_quarantine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("epoch", [3, 9])
+async def test_what_a_restored_learner_forgot_puts_no_sampler_into_quarantine(tmp_path: Path, epoch: int) -> None:
     async with Running(await open_plane(tmp_path)) as run:
         await run.plane.advance(0, root(0))
         unknown = group_for((await run.lease(1))[0])
     async with Running(await plane_again(tmp_path, known_epoch=4)) as run:
         await run.plane.advance(0, root(0))
         for seq in range(1, 10):
-            old = envelope(seq, replace(unknown, lease_id=f"3-t{100 + seq}-1"))
+            old = envelope(seq, replace(unknown, lease_id=f"{epoch}-t{100 + seq}-1"))
             verdict = await run.submit(old)
             assert isinstance(verdict, Verdict)
             assert (verdict.code, verdict.reason) == (VerdictCode.INVALID, "NEVER_LEASED")
