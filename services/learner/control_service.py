@@ -10,7 +10,15 @@ from services.learner.data_plane import DataPlane
 from services.learner.sessions import Sampler
 from services.runtime.errors import BadInputError, MismatchError
 from services.runtime.log import get_logger
-from services.wire.convert import from_engine, from_heartbeat, from_session, to_lease, to_run_settings, to_session
+from services.wire.convert import (
+    from_engine,
+    from_heartbeat,
+    from_lease_ids,
+    from_session,
+    to_lease,
+    to_run_settings,
+    to_session,
+)
 from services.wire.identity import require_id
 from services.wire.interceptors import CallFacts, require_peer_id
 from services.wire.types import PROTOCOL_VERSION, Directive, RunSettings, Session
@@ -118,9 +126,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.ReleaseLeasesRequest, context: _Release
     ) -> control_pb2.ReleaseLeasesResponse:
         session, _ = check_session(self._plane, context, request.session)
-        n, reason = len(request.lease_ids), request.reason[:80]
-        _log.info("leases_released", sampler_id=session.sampler_id, n=n, reason=reason)
-        self._plane.leases.release(session.sampler_id, request.lease_ids, request.reason)
+        lease_ids, reason = from_lease_ids(request.lease_ids), request.reason[:80]
+        _log.info("leases_released", sampler_id=session.sampler_id, n=len(lease_ids), reason=reason)
+        self._plane.leases.release(session.sampler_id, lease_ids, reason)
         return control_pb2.ReleaseLeasesResponse()
 
     def _why_none(self, sampler: Sampler) -> str:

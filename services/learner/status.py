@@ -1,6 +1,6 @@
 """The state of the run in words of the contract (RunStatus), and at its end (Summary)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from heterorl.v1 import monitor_pb2, types_pb2
 from services.learner.config import LearnerConfig
@@ -135,7 +135,8 @@ class Observed:
 
 
 def _report(sampler: Sampler) -> SamplerReport:
-    """Its last report, or what is known before the first."""
-    return sampler.report or SamplerReport(
-        state=SamplerState.STARTING, policy_version=0, policy_root="", engine=sampler.engine
-    )
+    """Its last report, or what is known before the first; without its leases, or many samplers' would make a status too
+    large to be sent."""
+    if sampler.report is not None:
+        return replace(sampler.report, lease_ids=())
+    return SamplerReport(state=SamplerState.STARTING, policy_version=0, policy_root="", engine=sampler.engine)

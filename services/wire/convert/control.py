@@ -1,5 +1,7 @@
 """Run settings, leases and reports."""
 
+import math
+from collections.abc import Sequence
 from itertools import islice
 
 from heterorl.v1 import control_pb2, types_pb2
@@ -10,6 +12,8 @@ from services.wire.convert.shared import enum_of, from_object, to_object, to_ses
 _MOST_CHARACTERS = 128
 _MOST_REASONS = 64
 """What a sampler says of itself is kept and shown with that of all others, in one message: a status."""
+_MOST_LEASES = 1 << 14
+"""A message of 4 MiB can name two million, which would hold up everybody else for seconds."""
 
 
 def to_sampling(settings: t.SamplingSettings) -> types_pb2.SamplingSettings:
@@ -163,28 +167,39 @@ def to_heartbeat(session: t.Session, report: t.SamplerReport) -> control_pb2.Hea
     )
 
 
+def from_lease_ids(lease_ids: Sequence[str]) -> tuple[str, ...]:
+    if len(lease_ids) > _MOST_LEASES:
+        raise BadInputError(f"a call names at most {_MOST_LEASES} leases, not {len(lease_ids)}")
+    return tuple(lease_ids)
+
+
+def _measured(value: float) -> float:
+    """What cannot have been measured counts as 0: a sum over all samplers must stay a number."""
+    return value if math.isfinite(value) and value > 0 else 0.0
+
+
 def from_heartbeat(message: control_pb2.HeartbeatRequest) -> t.SamplerReport:
     fetch = message.fetch
     return t.SamplerReport(
         state=enum_of(t.SamplerState, message.state),
         policy_version=message.policy_version,
         policy_root=message.policy_root[:_MOST_CHARACTERS],
-        lease_ids=tuple(message.lease_ids),
+        lease_ids=from_lease_ids(message.lease_ids),
         spool_groups=message.spool_groups,
         spool_bytes=message.spool_bytes,
         groups_total=message.groups_total,
         tokens_total=message.tokens_total,
         weights_bytes_received=message.weights_bytes_received,
-        tokens_per_s=message.tokens_per_s,
+        tokens_per_s=_measured(message.tokens_per_s),
         fetch=t.FetchProgress(
             target_version=fetch.target_version,
             bytes_done=fetch.bytes_done,
             bytes_total=fetch.bytes_total,
-            bytes_per_s=fetch.bytes_per_s,
+            bytes_per_s=_measured(fetch.bytes_per_s),
         )
         if message.HasField("fetch")
         else None,
-        last_swap_pause_ms=message.last_swap_pause_ms,
+        last_swap_pause_ms=_measured(message.last_swap_pause_ms),
         engine_restarts=message.engine_restarts,
         grader_restarts=message.grader_restarts,
         groups_dropped={

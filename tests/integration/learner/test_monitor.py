@@ -35,6 +35,7 @@ async def test_the_status_shows_the_run_and_its_samplers(tmp_path: Path, policy_
     ):
         sampler = await dial(learner.address, "eu-1", tmp_path / "s", half)
         await sampler.follow()
+        sampler.lease_ids = ["x" * 200] * 16_000  # of two such samplers a status with them could not be sent
         await sampler.heartbeat()
         monitor = monitor_pb2_grpc.MonitorServiceStub(channel)
         status = (await monitor.GetStatus(monitor_pb2.GetStatusRequest(), timeout=10)).status
@@ -42,6 +43,7 @@ async def test_the_status_shows_the_run_and_its_samplers(tmp_path: Path, policy_
         assert status.phase == monitor_pb2.LEARNER_PHASE_WAITING_FOR_GROUPS
         assert [one.sampler_id for one in status.samplers] == ["eu-1"]
         assert status.samplers[0].report.policy_root == status.policy_root == sampler.root
+        assert status.ByteSize() < 10_000
         assert status.samplers[0].bytes_sent == status.weights_bytes_sent == sampler.bytes_received
         assert status.weights_bytes_full > status.weights_bytes_sent
         await sampler.close()

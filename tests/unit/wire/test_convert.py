@@ -154,6 +154,27 @@ def test_what_a_report_makes_the_learner_keep_is_bounded():
     assert all(reason.isprintable() for reason in kept.groups_dropped), "it is shown on terminals"
 
 
+def test_more_leases_than_a_sampler_can_hold_are_refused():
+    message = control_pb2.HeartbeatRequest(state=types_pb2.SAMPLER_STATE_GENERATING, lease_ids=["l"] * 16_384)
+    assert len(convert.from_heartbeat(message).lease_ids) == 16_384
+    message.lease_ids.append("l")
+    with pytest.raises(BadInputError, match="at most 16384 leases"):
+        convert.from_heartbeat(message)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e300])
+def test_a_speed_that_nobody_can_have_measured_counts_as_none(value: float):
+    message = control_pb2.HeartbeatRequest(
+        state=types_pb2.SAMPLER_STATE_GENERATING,
+        tokens_per_s=value,
+        last_swap_pause_ms=value,
+        fetch=control_pb2.FetchProgress(bytes_per_s=value),
+    )
+    report = convert.from_heartbeat(message)
+    assert report.fetch is not None
+    assert (report.tokens_per_s, report.last_swap_pause_ms, report.fetch.bytes_per_s) == (0.0, 0.0, 0.0)
+
+
 def test_a_million_empty_completions_are_refused_before_they_become_objects():
     group = rollouts_pb2.ScoredGroup(purpose=types_pb2.LEASE_PURPOSE_TRAIN)
     group.completions.extend([rollouts_pb2.Completion(finish_reason=1)] * 70_000)
