@@ -4,14 +4,17 @@ load_policy(directory) ──► Policy ── wire_weights() ──► bf16 bit
                               └───── files ───────────► config, tokenizer, chat template: what samplers need
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from services.learner.config import PolicySection
@@ -77,7 +80,7 @@ def load_policy(settings: PolicySection) -> Policy:
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps torch's method with its own self
     model.config.use_cache = False
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_layers(model, settings.path)
     model.eval()  # no dropout: the ratio p/q compares like with like
     policy = Policy(
         model=model,
@@ -94,6 +97,20 @@ def load_policy(settings: PolicySection) -> Policy:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidWeightsError(f"{name} in {settings.path} holds NaN or infinity: take another checkpoint")
     return policy
+
+
+def _checkpoint_layers(model: PreTrainedModel, directory: Path) -> None:
+    """Layers keep their input alone, and are computed again in the backward pass. transformers' own switch acts in
+    training mode only, which would turn dropout on."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"the model in {directory} has no layers to checkpoint: set policy.gradient_checkpointing to false"
+        )
+    for layer in layers:
+        # Of what copy.deepcopy can copy: recomputing log-probs takes a copy of the model.
+        again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = cast("Callable[..., Tensor]", again)
 
 
 def _check_tokenizer(directory: Path) -> int:

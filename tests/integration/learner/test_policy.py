@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CTRLConfig, CTRLLMHeadModel
 
 from services.lab.tiny_policy import byte_level_tokenizer
 from services.learner.config import PolicySection
@@ -117,3 +119,34 @@ def test_a_device_that_is_not_here_is_a_configuration_error(policy_dir: Path) ->
 
 def test_a_plain_head_is_computed_in_chunks(policy_dir: Path) -> None:
     assert Forward(load(policy_dir), temperature=1.0, autocast=False).in_chunks
+
+
+def kept_for_backward(policy: Policy) -> tuple[int, Tensor]:
+    """Numbers that one forward pass keeps, and the embedding's gradient."""
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    ids = torch.arange(48).reshape(4, 12) % policy.vocab_size
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    logits.logsumexp(-1).sum().backward()
+    gradient = policy.parameters()["model.embed_tokens.weight"].grad
+    assert gradient is not None
+    return sum(kept), gradient
+
+
+def test_checkpointed_layers_keep_less_for_the_same_gradient(policy_dir: Path) -> None:
+    plain, gradient = kept_for_backward(load(policy_dir))
+    settings = PolicySection(path=policy_dir, device="cpu", gradient_checkpointing=True)
+    checkpointed, same = kept_for_backward(load_policy(settings))
+    assert checkpointed < plain / 2
+    assert torch.equal(gradient, same)
+
+
+def test_a_model_without_layers_to_checkpoint_is_refused(copy: Path) -> None:
+    CTRLLMHeadModel(CTRLConfig(vocab_size=64, n_embd=8, n_layer=1, n_head=1, dff=8)).save_pretrained(copy)
+    with pytest.raises(ConfigError, match=r"no layers to checkpoint: set policy\.gradient_checkpointing to false"):
+        load_policy(PolicySection(path=copy, device="cpu", gradient_checkpointing=True))
