@@ -20,4 +20,4 @@ def kl_terms(log_p: Tensor, log_target: Tensor, estimator: KlEstimator) -> Tenso
         return -d
     if estimator is KlEstimator.K2:
         return 0.5 * d.square()
-    return d.clamp(max=MAX_LOG_RATIO).exp() - d - 1.0
+    return d.clamp(max=MAX_LOG_RATIO).expm1() - d  # exp(d) - 1 - d, by rounding never below 0
