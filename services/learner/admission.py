@@ -42,6 +42,7 @@ class Fault(StrEnum):
     LOGPROB_NOT_FINITE = "LOGPROB_NOT_FINITE"
     LOGPROB_POSITIVE = "LOGPROB_POSITIVE"
     REWARD_NOT_FINITE = "REWARD_NOT_FINITE"
+    REWARD_TOO_LARGE = "REWARD_TOO_LARGE"
     BAD_VERSION_SPANS = "BAD_VERSION_SPANS"
     WRONG_GROUP_SIZE = "WRONG_GROUP_SIZE"
     WRONG_TEMPERATURE = "WRONG_TEMPERATURE"
@@ -53,6 +54,10 @@ class Fault(StrEnum):
     """An evaluation by an older version than the round's."""
     UNKNOWN_ROOT = "UNKNOWN_ROOT"
 
+
+MOST_REWARD = 1e12
+"""Gradients are float32, and the square of their norm too: far larger rewards make steps that are not finite, and enough
+of those end the run."""
 
 ROLLED_BACK = "ROLLED_BACK"
 """Reason of FUTURE_VERSION for weights that a restore of the learner undid."""
@@ -163,8 +168,11 @@ def _inspect_completion(completion: Completion, policy_version: int, longest: in
         return Fault.LOGPROB_NOT_FINITE
     if max(logprobs) > 0:
         return Fault.LOGPROB_POSITIVE
-    if not math.isfinite(completion.reward) or not all(map(math.isfinite, completion.grader_scores.values())):
+    rewards = (completion.reward, *completion.grader_scores.values())
+    if not all(map(math.isfinite, rewards)):
         return Fault.REWARD_NOT_FINITE
+    if max(map(abs, rewards)) > MOST_REWARD:
+        return Fault.REWARD_TOO_LARGE
     return None if _spans_are_sound(completion, policy_version) else Fault.BAD_VERSION_SPANS
 
 

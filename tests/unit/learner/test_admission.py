@@ -78,6 +78,14 @@ def test_values_that_are_not_finite_are_invalid(value: float) -> None:
     assert inspect(envelope(1, replace(GROUP, temperature=value)), FORM).fault is Fault.WRONG_TEMPERATURE
 
 
+@pytest.mark.parametrize("value", [1.1e12, -3e38])
+def test_a_reward_that_would_break_a_step_is_invalid(value: float) -> None:
+    assert inspect(envelope(1, with_completion(GROUP, reward=value)), FORM).fault is Fault.REWARD_TOO_LARGE
+    scored = with_completion(GROUP, grader_scores={"math": value})
+    assert inspect(envelope(1, scored), FORM).fault is Fault.REWARD_TOO_LARGE
+    assert inspect(envelope(1, with_completion(GROUP, reward=-1e9)), FORM).fault is None
+
+
 @pytest.mark.parametrize("token", [100, (1 << 32) - 1])
 def test_a_token_at_or_above_the_vocabulary_is_invalid(token: int) -> None:
     in_completion = with_completion(GROUP, token_ids=(1, token, 2))
