@@ -56,8 +56,8 @@ class Fault(StrEnum):
 
 
 MOST_REWARD = 1e12
-"""Gradients are float32, and the square of their norm too: far larger rewards make steps that are not finite, and enough
-of those end the run."""
+"""Gradients are float32, and the square of their norm too: far larger rewards make steps that are not finite, and
+enough of those end the run."""
 
 ROLLED_BACK = "ROLLED_BACK"
 """Reason of FUTURE_VERSION for weights that a restore of the learner undid."""
