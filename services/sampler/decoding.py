@@ -95,6 +95,8 @@ class Decoding:
             if early is not None and arrivals.plan is not None:
                 weights = await asyncio.to_thread(early.finish)
         finally:
+            if early is not None:
+                await asyncio.to_thread(early.close)
             if weights is None:
                 self._spare = spare
         return weights
@@ -102,9 +104,12 @@ class Decoding:
     async def _as_it_comes(self, step: PlanStep, fetch: PlanFetch, held: Held, spare: Held, level: bool) -> Held | None:
         """Proved and looked at, or None: `spare` is memory still."""
         early = self._early(held, spare, step.base_root, step.target_root, level)
-        for ref in step.objects:
-            await asyncio.to_thread(early.add, await fetch.file(ref))
-        return await asyncio.to_thread(early.finish)
+        try:
+            for ref in step.objects:
+                await asyncio.to_thread(early.add, await fetch.file(ref))
+            return await asyncio.to_thread(early.finish)
+        finally:
+            await asyncio.to_thread(early.close)
 
     def _early(self, held: Held, spare: Held, base_root: str, target_root: str, level: bool) -> EarlyDecoder:
         return EarlyDecoder(

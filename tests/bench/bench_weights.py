@@ -243,6 +243,7 @@ def ahead_decoder(base: Policy, new: Policy) -> Callable[[], None]:
         for path in files[way]:
             early.add(path)
         assert early.finish() is not None
+        early.close()
 
     return decode
 

@@ -1,14 +1,15 @@
 """A delta decoded while its parts are still on their way, so that little is left to do when the last one is there.
 
     part ─► chunks on threads into staging, hashed; their new values finite, not exploded ─► digests of whole tensors
+    └─► the next part's chunks follow before all of these are done
     the last one too ─► survey of all parts ─► their digests are those that were found ─► weights
 
 This only works ahead. Whatever does not fit ends it without a word: `finish` then has nothing, and apply_update and
 validate_names_shapes say what is wrong. Guarantee: what `finish` returns has the expected root, and would pass both.
 """
 
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,6 @@ class EarlyDecoder:
         self._base = base
         self._out = dict(staging)
         self._roots = (base_root, target_root)
-        self._workers = workers
         self._level = level
         self._parts: list[Part] = []
         """Those that were decoded, without their payloads."""
@@ -47,25 +47,35 @@ class EarlyDecoder:
         self._digests: dict[str, bytes] = {}
         self._peaks: dict[str, int] = {}
         self._fits = can_stage(staging, base, forms)
+        self._begun: deque[tuple[Part, list[Future[dict[str, int]]]]] = deque()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def add(self, path: Path) -> None:
-        """Decodes the next part. Blocks."""
+        """Begins with the next part, and ends the one before. Blocks."""
         if not self._fits:
             return
         try:
             part = parse_part(load_part(path))
             self._fits = self._belongs(part)
             if self._fits:
-                self._decode(part)
-                self._parts.append(replace(part, payloads={}))
+                jobs = [self._pool.submit(self._decode_chunk, part, chunk) for chunk in part.layout.chunks]
+                self._begun.append((part, jobs))
+            while len(self._begun) > 1:
+                self._end_oldest()
         except HeteroRLError:
             self._fits = False
+
+    def close(self) -> None:
+        """From now on nothing is written to `staging`. To be called at last, however it went. Blocks."""
+        self._pool.shutdown(cancel_futures=True)
 
     def finish(self) -> dict[str, BitTensor] | None:
         """The weights once every part was added; None where they cannot be vouched for. Blocks."""
         if not self._fits:
             return None
         try:
+            while self._begun:
+                self._end_oldest()
             self._conclude(self._forms.keys() - self._digests.keys())
             whole = survey_parts(self._parts)
         except HeteroRLError:
@@ -81,12 +91,13 @@ class EarlyDecoder:
         named = all(self._forms.get(form.name) == form for form in part.layout.forms)
         return named and (part.info.base_root, part.info.target_root) == self._roots
 
-    def _decode(self, part: Part) -> None:
+    def _end_oldest(self) -> None:
+        """What is known once all chunks of a part are written."""
+        part, jobs = self._begun.popleft()
         written: dict[str, list[Segment]] = {}
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="decode") as pool:
-            for job in [pool.submit(self._decode_chunk, part, chunk) for chunk in part.layout.chunks]:
-                for name, peak in job.result().items():
-                    self._peaks[name] = max(peak, self._peaks.get(name, 0))
+        for job in jobs:
+            for name, peak in job.result().items():
+                self._peaks[name] = max(peak, self._peaks.get(name, 0))
         for chunk in part.layout.chunks:
             for segment in chunk.segments:
                 self._missing[segment.name] -= segment.count
@@ -96,6 +107,7 @@ class EarlyDecoder:
                 for one in sorted(segments, key=lambda one: one.start):
                     self._running.advance(name, self._out[name].bits, one.start, one.start + one.count)
         self._conclude({name for name in written if self._missing[name] == 0})
+        self._parts.append(replace(part, payloads={}))
 
     def _decode_chunk(self, part: Part, chunk: Chunk) -> dict[str, int]:
         """Returns the peaks."""

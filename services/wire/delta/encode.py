@@ -4,8 +4,9 @@ digests(new) ─► target root ─► [chunk chunk …] ─► part 0 ─► [c
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 from services.runtime.errors import InvalidWeightsError
 from services.wire.delta.codec import Codec, Comparison, HostComparison, encode_change, encode_whole
@@ -143,34 +144,32 @@ def _build_parts(
     digests: Mapping[str, bytes],
     workers: int,
 ) -> Iterator[bytes]:
+    def encode(chunk: Chunk) -> Payload:
+        if comparison is None:
+            return encode_whole(new, chunk), chunk.count
+        return encode_change(comparison, chunk, template.codec)
+
+    chunks = (chunk for layout in layouts for chunk in layout.chunks)
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
-        ahead: deque[tuple[int, list[Future[Payload]]]] = deque()
-        next_shard = 0
+        payloads = in_order(pool, encode, chunks, 2 * workers)
         for shard, layout in enumerate(layouts):
-            while next_shard < len(layouts) and (not ahead or _waiting(ahead) < 2 * workers):
-                ahead.append((next_shard, _submit(pool, template.codec, comparison, new, layouts[next_shard])))
-                next_shard += 1
-            _, futures = ahead.popleft()
-            results = [future.result() for future in futures]
+            results = list(islice(payloads, len(layout.chunks)))
             info = part_info(template, layout, sum(changed for _, changed in results))
             row = [digests[form.name] for form in layout.forms]
             yield build_part(info, shard, layout, row, [payload for payload, _ in results])
 
 
-def _submit(
-    pool: ThreadPoolExecutor, codec: Codec, comparison: Comparison | None, new: Weights, layout: PartLayout
-) -> list[Future[Payload]]:
-    if comparison is None:
-        return [pool.submit(_encode_whole, new, chunk) for chunk in layout.chunks]
-    return [pool.submit(encode_change, comparison, chunk, codec) for chunk in layout.chunks]
-
-
-def _encode_whole(new: Weights, chunk: Chunk) -> Payload:
-    return encode_whole(new, chunk), chunk.count
-
-
-def _waiting(ahead: deque[tuple[int, list[Future[Payload]]]]) -> int:
-    return sum(not future.done() for _, futures in ahead for future in futures)
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Chunk], Payload], chunks: Iterable[Chunk], ahead: int
+) -> Iterator[Payload]:
+    """The payloads of the chunks. While the caller does something with one, up to `ahead` more are worked on."""
+    begun: deque[Future[Payload]] = deque()
+    for chunk in chunks:
+        begun.append(pool.submit(work, chunk))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 def _checked_run_id(run_id: str) -> str:

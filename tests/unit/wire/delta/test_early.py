@@ -1,5 +1,6 @@
 """Decoding ahead of the last part: the same weights, or nothing."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from services.wire.delta import BitTensor, Codec, EncodedUpdate, encode_delta, encode_keyframe, root_of
+from services.wire.delta import BitTensor, Codec, EncodedUpdate, codec, encode_delta, encode_keyframe, root_of
+from services.wire.delta import early as early_module
 from services.wire.delta import encode as encode_module
 from services.wire.delta import layout as layout_module
+from services.wire.delta.codec import Whole
+from services.wire.delta.density import Split
 from services.wire.delta.early import EarlyDecoder, copy_into
-from services.wire.delta.layout import PartLayout
-from services.wire.delta.tensors import ITEM_BYTES, digests_of, forms_of
+from services.wire.delta.layout import Chunk, PartLayout
+from services.wire.delta.part import parse_part
+from services.wire.delta.sparse import Changes
+from services.wire.delta.tensors import ITEM_BYTES, Weights, digests_of, forms_of
 from services.wire.delta.validate import BITS_OF_ONE, has_exploded, is_finite, largest_magnitude, may_follow
 from tests.unit.wire.delta.samples import model, normal_bf16, nudged, same, tensor
 
@@ -52,9 +58,12 @@ def decode(
         workers=workers,
         level=level,
     )
-    for path in paths:
-        early.add(path)
-    return early.finish()
+    try:
+        for path in paths:
+            early.add(path)
+        return early.finish()
+    finally:
+        early.close()
 
 
 @pytest.fixture
@@ -139,6 +148,59 @@ def test_elements_that_were_not_written_yet_are_not_taken_for_those_that_came(
         found = decode(update, written(update.parts, tmp_path), base, copy_of(base), level=level)
         assert (found is not None and same(found, new)) == accepted
         assert accepted or found is None
+
+
+def test_the_next_part_is_decoded_while_a_chunk_of_the_one_before_is(
+    versions: tuple[Policy, Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, new = versions
+    update = delta_of(base, new)
+    slow = parse_part(update.parts[0]).layout.chunks[-1]
+    next_keys = {chunk.key for chunk in parse_part(update.parts[1]).layout.chunks}
+    came_to_next = threading.Event()
+    in_time: list[bool] = []
+
+    def decode_chunk(payload: memoryview, chunk: Chunk, base: Weights | None) -> Whole | Split | Changes:
+        if chunk == slow:
+            in_time.append(came_to_next.wait(30))
+        elif chunk.key in next_keys:
+            came_to_next.set()
+        return codec.decode_chunk(payload, chunk, base)
+
+    monkeypatch.setattr(early_module, "decode_chunk", decode_chunk)
+    found = decode(update, written(update.parts, tmp_path), base, copy_of(base), workers=2)
+    assert in_time == [True]
+    assert found is not None
+    assert same(found, new)
+
+
+def test_once_it_is_closed_nothing_is_written(
+    versions: tuple[Policy, Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, new = versions
+    update = delta_of(base, new)
+    begun, go_on = threading.Event(), threading.Event()
+    decoded: list[str] = []
+
+    def decode_chunk(payload: memoryview, chunk: Chunk, base: Weights | None) -> Whole | Split | Changes:
+        begun.set()
+        assert go_on.wait(30)
+        decoded.append(chunk.key)
+        return codec.decode_chunk(payload, chunk, base)
+
+    monkeypatch.setattr(early_module, "decode_chunk", decode_chunk)
+    root, staging = update.info.base_root or "", copy_of(base)
+    early = EarlyDecoder(base, staging, base_root=root, target_root=update.info.target_root, workers=1)
+    early.add(written(update.parts, tmp_path)[0])
+    assert begun.wait(30)
+    closing = threading.Thread(target=early.close)
+    closing.start()
+    go_on.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    chunks = parse_part(update.parts[0]).layout.chunks
+    assert decoded == [chunks[0].key]
+    assert len(chunks) > 1
 
 
 def test_a_base_with_one_wrong_bit_makes_nothing(versions: tuple[Policy, Policy], tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Every bit comes back, in every type, at every density, through every codec."""
 
 import itertools
+import queue
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ from services.wire.delta import (
     root_of,
 )
 from services.wire.delta import layout as layout_module
+from services.wire.delta.codec import HostComparison
+from services.wire.delta.layout import Chunk
+from services.wire.delta.sparse import Changes
 from services.wire.delta.tensors import EXPONENT_MASK, ITEM_BYTES, RunningDigests, digest_of, update_with
 from tests.unit.wire.delta.samples import model, normal_bf16, nudged, random_tensor, same, tensor
 
@@ -83,6 +88,44 @@ def test_a_policy_of_many_chunks_and_parts_comes_back(
     assert keyframe.info.target_root == update.info.target_root
     assert same(apply_update(keyframe.parts, None, workers=workers), new)
     assert same(apply_update(list(reversed(update.parts)), base, workers=workers), new)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Watched(HostComparison):
+    """Tells which chunks an encoder has come to."""
+
+    begun: "queue.SimpleQueue[str]"
+
+    def changes(self, chunk: Chunk) -> Changes:
+        self.begun.put(chunk.key)
+        return HostComparison.changes(self, chunk)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_next_chunks_are_encoded_while_the_caller_does_something_with_a_part(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(layout_module, "PART_BYTES", 10_000)
+    rng = np.random.default_rng(7)
+    base = {"w": tensor("BF16", normal_bf16(rng, 20_000))}
+    new = nudged(rng, base, 0.02)
+    begun: queue.SimpleQueue[str] = queue.SimpleQueue()
+    parts = iter_encode(
+        base,
+        new,
+        run_id="run",
+        base_version=3,
+        target_version=4,
+        workers=workers,
+        comparison=Watched(base=base, new=new, begun=begun),
+    )
+    next(parts)
+    ahead = 2 * workers
+    assert {begun.get(timeout=30) for _ in range(5 + ahead)} == {f"w@{n * 1000}" for n in range(5 + ahead)}
+    with pytest.raises(queue.Empty):  # and no more than these: their payloads are memory
+        begun.get(timeout=0.05)
+    assert len(list(parts)) == 3
 
 
 def test_the_base_is_only_read() -> None:
