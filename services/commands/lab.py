@@ -114,20 +114,25 @@ def _staleness(arguments: argparse.Namespace) -> int:
 
     from services.lab.staleness import Grid, finished, parse_contender, run_grid
     from services.lab.tables import as_table, compared, lines_of
+    from services.learner.policy import pick_device
     from services.monitor.views import console
     from services.runtime.files import atomic_write
 
     if arguments.seeds < 1 or arguments.workers < 1:
         raise UsageError("--seeds and --workers must be 1 or more")
+    arena = _arena(arguments)
     grid = Grid(
         contenders=tuple(parse_contender(text, not arguments.paper_gspo_clip) for text in _words(arguments.losses)),
         rates=tuple(_rate(text) for text in _words(arguments.lrs)),
         delays=tuple(_words(arguments.delays)),
         seeds=arguments.seeds,
     )
-    cells = grid.cells(_arena(arguments), arguments.links)
+    cells = grid.cells(arena, arguments.links)
     pairs = list({(contender.label, cell.key): (contender, cell) for contender, cell in cells}.values())
-    pairs = finished(pairs, arguments.out) if arguments.finished else pairs
+    if arguments.finished:
+        pairs = finished(pairs, arguments.out)
+    else:
+        pick_device(arena.device)
     progress = Console(stderr=True)
     results = run_grid([cell for _, cell in pairs], arguments.out, arguments.workers, progress)
     lines = lines_of([contender.label for contender, _ in pairs], results)

@@ -2,8 +2,9 @@
 
 import hashlib
 import re
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, field_validator
 
 from services.lab.contestants import PolicyName
 from services.lab.sum_tasks import SumTask, TaskName
@@ -16,13 +17,15 @@ from services.sampler.delays import DelaySection
 class Arena(Section):
     """What the cells of one experiment share."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     task: TaskName = TaskName.FIXED
     """fixed, variable or worked."""
     columns: int = Field(default=5, ge=1, le=12)
     """Most digits of a number."""
     policy: PolicyName = PolicyName.COLUMNS
     """columns, small or large."""
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d{1,3})?)$")
     """"cpu", "cuda" or "cuda:N"."""
     warm_up: float = Field(default=0.22, gt=0, lt=1)
     """Accuracy at which supervision ends and reinforcement learning begins; worked: chance of the full working."""
@@ -44,7 +47,7 @@ class Arena(Section):
     """Virtual time of an optimizer step, in seconds."""
     samplers: int = Field(default=4, ge=1)
     """Samplers, where delays are in seconds."""
-    speeds: tuple[float, ...] = (1.0,)
+    speeds: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0,), min_length=1)
     """Relative speed of each sampler, over again where there are more samplers. At 1 all together make `supply` groups
     in the time in which the learner trains one."""
     supply: float = Field(default=1.25, gt=0)
@@ -53,6 +56,12 @@ class Arena(Section):
     """As [staleness] max_staleness, where delays are in seconds."""
     ahead: float = Field(default=0.5, ge=0)
     """As [lease] ahead, where delays are in seconds."""
+
+    @field_validator("speeds", mode="before")
+    @classmethod
+    def _from_words(cls, value: object) -> object:
+        """From the command line: numbers between commas."""
+        return value.split(",") if isinstance(value, str) else value
 
     @property
     def sums(self) -> SumTask:

@@ -92,8 +92,12 @@ def parse_contender(text: str, published_gspo_clip: bool = True) -> Contender:
     options: dict[str, object] = {"name": name}
     if name in (LossName.GSPO, LossName.GSPO_TOKEN) and published_gspo_clip:
         options |= {"clip_low": 0.2, "clip_high": 0.2}
+    keys = [key for key in LossSettings.model_fields if key != "name"]
     for pair in pairs:
         key, _, value = pair.partition("=")
+        if key not in keys:
+            near = ", ".join(get_close_matches(key, keys, n=3, cutoff=0.5) or keys)
+            raise UsageError(f"--losses {text!r}: {key!r} is not one of the [loss] keys: nearest are {near}")
         options[key] = value
     try:
         return Contender(label=text, settings=LossSettings.model_validate(options))

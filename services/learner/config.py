@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from services.learner.losses.settings import LossSettings
 from services.runtime.address import ListenKey, OptionalListenKey
@@ -150,6 +150,8 @@ _Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 class OptimizerSection(Section):
     """AdamW on float32 master weights."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     lr: float = Field(default=1e-6, gt=0)
     """Learning rate after warm-up."""

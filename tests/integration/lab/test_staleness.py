@@ -31,7 +31,13 @@ def test_gspo_takes_the_clip_of_the_published_comparison_unless_told_otherwise()
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("gepoo", "nearest are gepo"), ("gepo:colour=1", "colour"), ("gepo:clip_low=x", "clip_low")]
+    ("text", "words"),
+    [
+        ("gepo:name=gspo", "is not one of"),
+        ("gepoo", "nearest are gepo"),
+        ("gepo:clip=1", "nearest are clip_low"),
+        ("gepo:clip_low=x", "clip_low"),
+    ],
 )
 def test_an_unknown_loss_or_key_is_a_usage_error(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -47,6 +53,16 @@ def test_a_delay_is_a_number_of_versions_or_a_kind() -> None:
     assert (late.delay.weights.kind, late.delay.rollouts.kind) == (DelayKind.NONE, DelayKind.LOGNORMAL)
     with pytest.raises(UsageError, match="neither a number"):
         make_cell(TINY, loss, rate=1e-3, delay="soon", seed=0, links="both")
+
+
+def test_a_cell_passes_to_its_worker_unchanged() -> None:
+    """As JSON, which has no infinity: `clip_high=inf` would arrive as unset, and be the loss's own."""
+    with pytest.raises(UsageError, match=r"clip_high: Input should be a finite number"):
+        parse_contender("gepo:clip_high=inf")
+    arena = Arena.model_validate({"speeds": "1,0.5"})
+    assert arena.speeds == (1.0, 0.5)
+    cell = make_cell(arena, parse_contender("gepo:clip_high=3"), rate=1e-3, delay="weibull", seed=1, links="both")
+    assert Cell.model_validate_json(cell.model_dump_json()) == cell
 
 
 def test_cells_of_other_settings_have_other_names_and_equal_ones_the_same() -> None:
@@ -136,11 +152,22 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(
     assert capsys.readouterr().err.startswith("heterorl lab: ")
 
 
-def test_a_key_that_the_arena_does_not_have_is_a_configuration_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("colour=red", "colour"),
+        ("speeds=1,0", "speeds"),
+        ("speeds=", "speeds"),
+        ("step_s=inf", "step_s"),
+        ("device=meta", "device"),
+        ("device=cuda:99", "torch sees"),
+    ],
+)
+def test_a_key_that_the_arena_cannot_take_is_a_configuration_error(
+    pair: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["lab", "staleness", "--out", str(tmp_path), "--set", "colour=red"]) == 78
-    assert "colour" in capsys.readouterr().err
+    assert main(["lab", "staleness", "--out", str(tmp_path), "--set", pair]) == 78
+    assert words in capsys.readouterr().err
 
 
 def test_the_command_prints_json_from_finished_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
