@@ -32,6 +32,8 @@ VERBS: dict[str, str] = {
     "pki": "make certificates",
     "config": "show the resolved configuration, or a commented default file",
 }
+_SERVERS = ("learner", "relay")
+"""They keep gRPC's own lines: nothing else tells of a handshake that was refused. Clients say it themselves."""
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Of a write, which names no file."""
 
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no error
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in words if word in VERBS), None)
+    if verb not in _SERVERS:
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else a line of gRPC's own for each failed handshake
     parser = build_parser(verb)
     arguments, settings = parser.parse_known_args(words)
     if "overrides" in arguments:  # a verb with a config file (`add_config_arguments`): it judges --section.key=value

@@ -12,10 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from google.protobuf.json_format import MessageToJson
-
     from services.monitor.client import MonitorClient
-    from services.monitor.views import console, render
+    from services.monitor.views import as_json, console, render
 
     tls = tls_of(arguments)
 
@@ -23,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         async with MonitorClient(arguments.learner, tls) as client:
             status = await client.status()
         if arguments.json:
-            print(MessageToJson(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+            print(as_json(status, indent=2))
         else:
             console().print(render(status))
 

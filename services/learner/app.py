@@ -48,6 +48,7 @@ from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
 from services.runtime.metrics import Metrics
 from services.wire.convert import model_files_sha256
+from services.wire.expiry import tell_of_expiry
 from services.wire.signing import ManifestSigner
 from services.wire.types import RunSettings
 
@@ -78,7 +79,10 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
         learner = await assemble(process, config, inputs, state)
         parts, plane = learner.parts, learner.parts.plane
         intake = process.tasks.create_task(plane.run())
-        health = process.tasks.create_task(server.show(plane.room))
+        beside = [
+            process.tasks.create_task(server.show(plane.room)),
+            process.tasks.create_task(tell_of_expiry(config.tls, rotates=True)),
+        ]
         drain = asyncio.Event()
         loop = RunLoop(parts)
         metrics = Metrics("learner")
@@ -95,7 +99,8 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
             if loop.finished or parts.control.asked:
                 final_root = parts.publisher.latest.version.root
                 await send_home(plane, final_root, config.lease.heartbeat_s)
-        health.cancel()
+        for task in beside:
+            task.cancel()
         _forget_addresses(state_dir)
         await plane.flush()
         if loop.finished:

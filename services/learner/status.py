@@ -7,7 +7,7 @@ from services.learner.config import LearnerConfig
 from services.learner.data_plane import DataPlane
 from services.learner.publisher import Publisher
 from services.learner.records import SamplerSummary, Summary
-from services.learner.run_state import RunState
+from services.learner.run_state import Phase, RunState
 from services.learner.sessions import Sampler
 from services.learner.traffic import Traffic
 from services.wire.convert import to_heartbeat
@@ -30,7 +30,7 @@ class Observed:
         return monitor_pb2.RunStatus(
             run_id=self.config.run.id,
             learner_epoch=plane.learner_epoch,
-            phase=monitor_pb2.LearnerPhase.ValueType(state.phase.value),
+            phase=monitor_pb2.LearnerPhase.ValueType(self._phase.value),
             step=state.step,
             steps_total=self.config.run.steps,
             policy_version=max(0, plane.learner_version),
@@ -65,6 +65,14 @@ class Observed:
             groups_eval=tally.evaluated,
             seconds_by_activity=state.seconds,
         )
+
+    @property
+    def _phase(self) -> Phase:
+        """Where the learner waits a pause begins at once: the loop looks between two steps, and without leases no next
+        one may come."""
+        phase = self.state.phase
+        waits = phase in (Phase.WAITING_FOR_GROUPS, Phase.EVALUATING)
+        return Phase.PAUSED if waits and self.plane.sessions.paused else phase
 
     def _sampler(self, sampler: Sampler) -> monitor_pb2.SamplerStatus:
         sessions = self.plane.sessions

@@ -1,13 +1,14 @@
 """The live terminal view: follows WatchStatus, and comes back when the learner does."""
 
 import asyncio
+from contextlib import ExitStack
 
-from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
+from services.monitor import views
 from services.monitor.client import MonitorClient
-from services.monitor.views import render
 from services.monitor.why import findings
 from services.runtime.backoff import Backoff
 from services.runtime.errors import UnavailableError
@@ -25,19 +26,23 @@ async def watch(target: str, tls: TlsFiles | None, interval_s: float, *, as_json
     last_step = 0
     async with MonitorClient(target, tls) as client:
         await client.status()
-        with Live(console=console, refresh_per_second=4, screen=console.is_terminal and not as_json) as screen:
+        with ExitStack() as stack:
+            screen: Live | None = None
+            if not as_json:  # beside a Live on a terminal, rich would fold what is printed at its width
+                screen = stack.enter_context(Live(console=console, refresh_per_second=4, screen=console.is_terminal))
             while True:
                 try:
                     async for status in client.watch(int(interval_s * 1000)):
                         backoff.reset()
-                        if as_json:
-                            print(MessageToJson(status, preserving_proto_field_name=True, indent=None), flush=True)
+                        if screen is None:
+                            print(views.as_json(status, indent=None), flush=True)
                             continue
                         if status.step > last_step:
                             rewards.append(status.metrics.get("reward_mean", 0.0))
                             last_step = status.step
-                        screen.update(render(status, rewards, findings(status)))
+                        screen.update(views.render(status, rewards, findings(status)))
                     return
                 except UnavailableError:
-                    screen.update(f"{target} does not answer: trying again")
+                    if screen is not None:
+                        screen.update(Text(f"{target} does not answer: trying again"))
                     await backoff.wait(never)

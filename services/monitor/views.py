@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 
+from google.protobuf.json_format import MessageToJson
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -47,6 +48,13 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def as_json(status: monitor_pb2.RunStatus, *, indent: int | None) -> str:
+    """Every field by its name in the contract, zeros too: a script asks for `step` before the first."""
+    return MessageToJson(
+        status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=indent
+    )
+
+
 def phase_name(status: monitor_pb2.RunStatus) -> str:
     """LEARNER_PHASE_WAITING_FOR_GROUPS → "waiting for groups"."""
     return monitor_pb2.LearnerPhase.Name(status.phase).removeprefix("LEARNER_PHASE_").lower().replace("_", " ")
@@ -85,7 +93,7 @@ def samplers_table(status: monitor_pb2.RunStatus) -> Table:
             eta = f", {left / report.fetch.bytes_per_s:.0f} s left" if report.fetch.bytes_per_s else ""
             doing = f"{state} · fetching v{report.fetch.target_version} {share:.0%}{eta}"
         table.add_row(
-            sampler.sampler_id,
+            Text(sampler.sampler_id),
             Text(doing, style=_STATE_STYLE.get(state, "")),
             str(report.policy_version),
             str(max(0, status.policy_version - report.policy_version)),
@@ -127,9 +135,10 @@ def _progress(status: monitor_pb2.RunStatus, rewards: Sequence[float]) -> Table:
 
 def render(status: monitor_pb2.RunStatus, rewards: Sequence[float] = (), events: Sequence[str] = ()) -> RenderableType:
     """The whole view. rewards: mean reward of each step so far; events: lines to show below, newest last."""
-    title = (
-        f"[bold]{status.run_id}[/] · {phase_name(status)} · version {status.policy_version} "
-        f"({status.policy_root[:12] or '–'}) · {status.loss_name} · {status.uptime_s:.0f} s"
+    title = Text.assemble(  # Text: what comes from the network is no markup
+        (status.run_id, "bold"),
+        f" · {phase_name(status)} · version {status.policy_version} "
+        f"({status.policy_root[:12] or '–'}) · {status.loss_name} · {status.uptime_s:.0f} s",
     )
     upper = Table.grid(expand=True, padding=(0, 2))
     upper.add_column(ratio=3)
@@ -143,5 +152,5 @@ def render(status: monitor_pb2.RunStatus, rewards: Sequence[float] = (), events:
     )
     parts: list[RenderableType] = [Panel(upper, title=title, title_align="left"), samplers_table(status)]
     if events:
-        parts.append(Panel("\n".join(events), title="events", title_align="left"))
+        parts.append(Panel(Text("\n".join(events)), title="events", title_align="left"))
     return Group(*parts)

@@ -32,7 +32,7 @@ def _idle(status: monitor_pb2.RunStatus, *, explained: bool) -> list[str]:
         return []
     waiting = f"{status.groups_buffered} of {status.groups_per_step} groups wait, {status.leases_active} are leased"
     advice = "" if explained else "; more or faster samplers help"
-    return [f"learner idle {status.idle_share:.0%}: it waits for groups ({waiting}){advice}"]
+    return [f"learner idle {status.idle_share:.0%} of the run so far: it waits for groups ({waiting}){advice}"]
 
 
 def _samplers(status: monitor_pb2.RunStatus) -> list[str]:

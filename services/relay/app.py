@@ -30,6 +30,7 @@ from services.runtime.log import get_logger
 from services.runtime.metrics import Metrics
 from services.wire.channel import open_channel
 from services.wire.credentials import channel_credentials, server_credentials
+from services.wire.expiry import tell_of_expiry
 from services.wire.identity import Identity, Role, require_id
 from services.wire.interceptors import HEALTH_RULES, AccessRules, server_interceptors
 from services.wire.server import bind, build_server
@@ -107,7 +108,9 @@ async def run_relay(config: RelayConfig, process: Process) -> None:
         )
         stack.enter_context(metrics.served(config.listen.metrics_address))
         link = Link(channel=control, upstream=upstream, name=str(ends.upstream))
-        watching = [process.tasks.create_task(upstream.watch()), process.tasks.create_task(link.report())]
+        beside = [
+            process.tasks.create_task(work) for work in (upstream.watch(), link.report(), tell_of_expiry(config.tls))
+        ]
         await server.start()
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         print(f"relay listens on {address}", flush=True)
@@ -117,7 +120,7 @@ async def run_relay(config: RelayConfig, process: Process) -> None:
         finally:
             await health.enter_graceful_shutdown()
             upstream.close()
-            for task in watching:
+            for task in beside:
                 task.cancel()
             await server.stop(STOP_GRACE_S)
         _log.info(

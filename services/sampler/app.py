@@ -47,6 +47,7 @@ from services.sampler.telemetry import Vitals, metrics_served
 from services.sampler.weight_sources import WeightSources
 from services.wire.channel import open_channel
 from services.wire.credentials import channel_credentials
+from services.wire.expiry import tell_of_expiry
 from services.wire.identity import Identity, Role, require_id
 
 _log = get_logger("sampler")
@@ -89,6 +90,8 @@ async def run_sampler(config: SamplerConfig, process: Process) -> None:
 
         bulk, relay = lanes(learner), lanes(relay_target)
         links = Links(learner=learner, sampler_id=identity.id, control=control, bulk=bulk, relay=relay)
+        expiry = process.tasks.create_task(tell_of_expiry(None if credentials is None else config.tls))
+        stack.callback(expiry.cancel)
         await _Sampler(config, links, process, engine, stack).run()
 
 

@@ -120,3 +120,11 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, caps
     assert (
         capsys.readouterr().err == "heterorl report: there is not enough memory: free some, or use a larger machine\n"
     )
+
+
+@pytest.mark.parametrize(("verb", "verbosity"), [("status", "ERROR"), ("relay", None)])
+def test_only_servers_keep_grpcs_own_lines(verb: str, verbosity: str | None, monkeypatch: pytest.MonkeyPatch):
+    """A client says in its sentence why a handshake failed; at a server nothing else tells of it."""
+    monkeypatch.setattr(os, "environ", {key: os.environ[key] for key in os.environ if key != "GRPC_VERBOSITY"})
+    assert main([verb, *(["--listen", "nowhere"] if verb == "relay" else [])]) == 2
+    assert os.environ.get("GRPC_VERBOSITY") == verbosity

@@ -97,6 +97,20 @@ async def test_an_operator_pauses_resumes_and_stops(tmp_path: Path, policy_dir: 
         await sampler.close()
 
 
+async def test_a_pause_shows_although_no_group_comes(tmp_path: Path, policy_dir: Path) -> None:
+    async with (
+        running_learner(small_config(tmp_path, policy_dir)) as learner,
+        channel_of(learner.address, Role.ADMIN) as channel,
+    ):
+        admin, monitor = admin_pb2_grpc.AdminServiceStub(channel), monitor_pb2_grpc.MonitorServiceStub(channel)
+        await admin.Pause(admin_pb2.PauseRequest(), timeout=10)
+        paused = (await monitor.GetStatus(monitor_pb2.GetStatusRequest(), timeout=10)).status
+        await admin.Resume(admin_pb2.ResumeRequest(), timeout=10)
+        resumed = (await monitor.GetStatus(monitor_pb2.GetStatusRequest(), timeout=10)).status
+        assert paused.phase == monitor_pb2.LEARNER_PHASE_PAUSED
+        assert resumed.phase == monitor_pb2.LEARNER_PHASE_WAITING_FOR_GROUPS
+
+
 async def test_draining_and_evicting_name_a_sampler(tmp_path: Path, policy_dir: Path) -> None:
     async with (
         running_learner(small_config(tmp_path, policy_dir)) as learner,

@@ -1,9 +1,11 @@
 import io
+import json
 
 from rich.console import Console
 
 from heterorl.v1 import control_pb2, monitor_pb2, types_pb2
-from services.monitor.views import human_bytes, render, sparkline
+from services.monitor.views import as_json, human_bytes, render, sparkline
+from services.monitor.why import findings
 
 
 def text_of(status: monitor_pb2.RunStatus, **extra: object) -> str:
@@ -70,3 +72,18 @@ def test_the_view_shows_step_accuracy_staleness_bytes_idle_share_and_each_sample
 
 def test_an_empty_status_is_drawn_too():
     assert "0 trained" in text_of(monitor_pb2.RunStatus())
+
+
+def test_what_a_sampler_reports_is_text_and_no_markup():
+    report = control_pb2.HeartbeatRequest(groups_total=1, groups_dropped={"[/bold][link=x]": 5})
+    status = monitor_pb2.RunStatus(
+        run_id="r[/]", samplers=[monitor_pb2.SamplerStatus(sampler_id="eu[1]", report=report)]
+    )
+    text = text_of(status, events=findings(status))
+    assert "r[/] · " in text
+    assert "eu[1] gave up 5 of 6 groups: [/bold][link=x]; its log says why" in text
+
+
+def test_the_json_of_a_status_is_one_line_with_every_field():
+    (line,) = as_json(monitor_pb2.RunStatus(run_id="demo"), indent=None).splitlines()
+    assert json.loads(line)["policy_version"] == "0"

@@ -21,7 +21,9 @@ def test_an_idle_learner_cites_what_it_waits_for_first():
     status = monitor_pb2.RunStatus(
         idle_share=0.41, groups_buffered=3, groups_per_step=32, leases_active=9, samplers=[sampler()]
     )
-    assert findings(status)[0].startswith("learner idle 41%: it waits for groups (3 of 32 groups wait, 9 are leased)")
+    assert findings(status)[0].startswith(
+        "learner idle 41% of the run so far: it waits for groups (3 of 32 groups wait, 9 are leased)"
+    )
 
 
 def test_what_stands_in_the_way_comes_before_how_idle_the_learner_was_and_no_more_samplers_are_asked_for():
