@@ -191,7 +191,10 @@ def _same(value: object, wanted: object) -> bool:
     if isinstance(value, int | float) and isinstance(wanted, int | float):
         if isinstance(value, int) and isinstance(wanted, int):
             return value == wanted
-        return value == wanted or abs(value - wanted) <= 1e-9 * abs(wanted)
+        try:
+            return value == wanted or abs(value - wanted) <= 1e-9 * abs(wanted)
+        except OverflowError:  # an integer beyond every float
+            return False
     if isinstance(value, list) and isinstance(wanted, list):
         ours, theirs = cast("list[object]", value), cast("list[object]", wanted)
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))

@@ -5,6 +5,7 @@ import os
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_standard_output_is_compared_line_by_line() -> None:
     assert grade(tests, "print(7)").reward == 0.0
     assert grade(tests, "print(7)", partial=True).reward == 0.5
     assert "SyntaxError" in grade(tests, "print(").reason
+
+
+@pytest.mark.parametrize("value", ["10**400", "-(10**400)", "float('inf')", "float('nan')", "10**5000"])
+def test_a_number_beyond_every_float_is_a_wrong_answer(value: str) -> None:
+    tests = {"calls": [{"function": "half", "arguments": [], "value": 0.5}]}
+    verdict = grade(tests, f"def half():\n    return {value}\n")
+    assert verdict.reward == 0.0
 
 
 DOCUMENTED = 'def add(a, b):\n    """Adds.\n\n    ```\n    add(3, 4)\n    ```\n    """\n    return a + b\n'
@@ -148,6 +156,21 @@ def test_a_program_that_does_not_end_or_takes_too_much_is_stopped(source: str) -
     assert time.monotonic() - started < 10
 
 
+def test_a_program_that_forks_without_end_takes_no_process_from_another() -> None:
+    threads = """
+import threading, time
+several = [threading.Thread(target=time.sleep, args=(0.2,)) for _ in range(4)]
+for one in several:
+    one.start()
+print(len(several))
+"""
+    bomb = "import os\nprint(flush=True)\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    with ThreadPoolExecutor() as runs:
+        beside = runs.submit(attack, bomb)
+        while not beside.done():
+            assert attack(threads).stdout.strip() == "4"
+
+
 def test_the_host_is_not_visible(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("password")
@@ -171,7 +194,9 @@ def test_there_is_no_network_and_no_other_process() -> None:
     )
     assert attack("import socket\nprint([name for _, name in socket.if_nameindex()])").stdout.strip() == "['lo']"
     assert "ProcessLookupError" in str(attack(f"import os\nos.kill({os.getpid()}, 0)").problem)
-    assert attack("import os\nprint(os.getuid(), os.getpid())").stdout.strip() == "65534 1"
+    user, process = attack("import os\nprint(os.getuid(), os.getpid())").stdout.split()
+    assert process == "1"
+    assert int(user) >= 65534
 
 
 def test_privileges_and_environment_are_gone() -> None:
