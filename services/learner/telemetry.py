@@ -17,7 +17,7 @@ _PREFIX = "heterorl_learner"
 _BIN = re.compile(r"staleness_\d+")
 
 _GAUGES: dict[str, tuple[str, Callable[[monitor_pb2.RunStatus], float]]] = {
-    "step_count": ("Optimizer steps taken", lambda s: s.step),
+    "run_steps": ("Optimizer steps taken", lambda s: s.step),
     "policy_version_versions": ("Newest published version", lambda s: s.policy_version),
     "uptime_seconds": ("Since the process started", lambda s: s.uptime_s),
     "idle_ratio": ("Share of training time spent waiting for groups", lambda s: s.idle_share),
@@ -38,7 +38,7 @@ _SAMPLER: dict[str, tuple[str, Callable[[monitor_pb2.SamplerStatus], float]]] = 
     "sampler_version_versions": ("Version that it generates with", lambda s: s.report.policy_version),
     "sampler_tokens_per_second": ("Its generation speed", lambda s: s.report.tokens_per_s),
     "sampler_spool_groups": ("Groups in its spool", lambda s: s.report.spool_groups),
-    "sampler_restarts_count": ("Times that it came back", lambda s: s.restarts),
+    "sampler_process_restarts": ("Times that it came back", lambda s: s.restarts),
     "sampler_logprob_mismatch_nats": ("Mean |log p - log q| at staleness 0", lambda s: s.logprob_mismatch),
     "sampler_logprob_mismatch_max_nats": ("Largest |log p - log q| at staleness 0", lambda s: s.logprob_mismatch_max),
     "sampler_logprob_mismatch_kl_nats": ("KL(q|p) per token at staleness 0", lambda s: s.logprob_mismatch_kl),

@@ -88,8 +88,16 @@ def test_a_container_can_write_nothing_but_its_volumes(machine: str, service: di
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    volumes = {text.split(":")[0] for text in service["volumes"] if not text.endswith(":ro")}
-    assert volumes <= set(compose(machine)["volumes"])
+    named = {one.split(":")[0] for one in service["volumes"] if isinstance(one, str)}
+    assert named <= set(compose(machine)["volumes"])
+    for mounted in (one for one in service["volumes"] if not isinstance(one, str)):
+        assert mounted["read_only"] is True
+        assert mounted["bind"] == {"create_host_path": False}, "Docker would make a folder in place of a missing file"
+
+
+@pytest.mark.parametrize(("machine", "service"), CONTAINERS)
+def test_a_containers_log_is_bounded(machine: str, service: dict[str, Any]) -> None:
+    assert service["logging"] == {"driver": "local"}, "Docker's default driver keeps everything"
 
 
 @pytest.mark.parametrize(("machine", "service"), CONTAINERS)
@@ -189,6 +197,7 @@ def test_the_manual_names_the_metrics_that_exist() -> None:
     manual = (ROOT / "docs" / "operations.md").read_text()
     named = set(re.findall(r"`(heterorl_(?:learner|sampler)_[a-z_]+)`", manual))
     assert named == {f"{metric.name}_total" if metric.type == "counter" else metric.name for metric in exist}
+    assert not [name for name in named if name.endswith(("_count", "_sum", "_bucket"))], "parts of a histogram"
 
 
 def exceptions(error: type[HeteroRLError]) -> Iterator[type[HeteroRLError]]:
