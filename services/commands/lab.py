@@ -85,8 +85,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     from services.learner.data_plane import JOURNAL_FILE
     from services.monitor.views import console
 
-    if arguments.groups < 1:
-        raise UsageError("--groups must be 1 or more")
+    if not 1 <= arguments.groups < 1 << 63:
+        raise UsageError("--groups must be 1 or more, and fit 64 bits")
     losses = [(one.label, one.settings) for one in map(parse_contender, _words(arguments.losses))]
     if any(settings.wants_reference for _, settings in losses):
         raise UsageError('replay holds no reference model: leave kl_target = "reference" out of --losses')

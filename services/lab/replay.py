@@ -6,6 +6,7 @@ The policy is the one of a directory (the run's last export, as a rule), not the
 larger than they were in the run, and larger for early groups. The buckets compare losses, not moments of the run.
 """
 
+import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,9 @@ class Replayed:
     metrics: dict[str, float]
 
     def as_json(self) -> dict[str, object]:
-        kept = {name: float(f"{self.metrics[name]:.6g}") for name in _KEPT}
+        """JSON has no infinity: a number that is not finite is null."""
+        values = {name: self.metrics[name] for name in _KEPT}
+        kept = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in values.items()}
         return {"loss_name": self.label, "staleness": self.bucket, "groups": self.groups, **kept}
 
 
@@ -103,17 +106,22 @@ def replay(
     micro_batch_tokens: int = 16384,
 ) -> Iterator[Replayed]:
     """Every bucket as one batch under every loss, its gradient taken and thrown away. Raises as `load_policy` does,
-    and BadInputError for a group that does not fit the policy."""
+    and BadInputError for a group that does not fit the policy or a loss."""
     policy = load_policy(PolicySection(path=policy_dir, device=device))
     for bucket in buckets:
-        highest = max(max(c.token_ids, default=0) for item in bucket.groups for c in item.group.completions)
+        prompts = (item.group.prompt_token_ids for item in bucket.groups)
+        answers = (one.token_ids for item in bucket.groups for one in item.group.completions)
+        highest = max(max(ids, default=0) for ids in (*prompts, *answers))
         if highest >= policy.vocab_size:
             raise BadInputError(
                 f"a group has token {highest}, beyond the policy's vocabulary: give the run's own policy"
             )
         forward = Forward(policy, bucket.groups[0].group.temperature, autocast=False)
         for label, settings in losses:
-            metrics = _evaluate(policy, forward, bucket.groups, settings, micro_batch_tokens)
+            try:
+                metrics = _evaluate(policy, forward, bucket.groups, settings, micro_batch_tokens)
+            except ValueError as error:
+                raise BadInputError(f"the recorded groups do not fit {label}: {error}") from None
             yield Replayed(label=label, bucket=bucket.name, groups=len(bucket.groups), metrics=metrics)
 
 
@@ -130,7 +138,9 @@ def _evaluate(
         output = loss_of(prepared.rows(micro.index_b.to(policy.device), micro.columns), logprobs_bt, entropy_bt)
         output.loss.backward()
         partials.append(output.metrics)
-    norms = [parameter.grad.norm() for parameter in policy.model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in policy.model.parameters() if parameter.grad is not None]
+    # In float64: the square of 1e20 is beyond float32, and policies are far apart here.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     policy.model.zero_grad(set_to_none=True)
     return finish_metrics(partials) | {"grad_norm": float(torch.stack(norms).norm())}
 

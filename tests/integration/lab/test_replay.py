@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from services.lab.staleness import parse_contender
 from services.learner.data_plane import JOURNAL_FILE
 from services.learner.journal_schema import connect
 from services.runtime.errors import BadInputError, InputMissingError
-from services.wire.convert import encode_group
+from services.wire.convert import decode_group, encode_group
 from services.wire.types import Completion, FinishReason, LeasePurpose, ScoredGroup
 
 POLICY = Path(__file__).parents[3] / "services" / "lab" / "assets" / "tiny-policy"
@@ -109,10 +110,53 @@ def test_what_is_no_journal_or_holds_nothing_is_refused(tmp_path: Path) -> None:
         read_buckets(other, 8)
 
 
+def rewritten(journal: Path, **changes: object) -> Path:
+    """The journal with these fields of its groups, or of their completions, set."""
+    connection = connect(journal, "run")
+    for row, payload in connection.execute("SELECT id, payload FROM groups").fetchall():
+        group = decode_group(payload)
+        of_rows = {name: value for name, value in changes.items() if name in Completion.__dataclass_fields__}
+        of_group = {name: value for name, value in changes.items() if name not in of_rows}
+        completions = tuple(replace(one, **of_rows) for one in group.completions)
+        group = replace(group, completions=completions, **of_group)
+        connection.execute("UPDATE groups SET payload = ? WHERE id = ?", (encode_group(group), row))
+    connection.close()
+    return journal
+
+
 def test_groups_of_another_models_vocabulary_are_refused(tmp_path: Path) -> None:
-    buckets = read_buckets(write_journal(tmp_path, [0], highest=5000), 8)
+    journal = write_journal(tmp_path, [0], highest=5000)
     with pytest.raises(BadInputError, match="vocabulary"):
-        list(replay(buckets, POLICY, LOSSES, device="cpu"))
+        list(replay(read_buckets(journal, 8), POLICY, LOSSES, device="cpu"))
+    (tmp_path / "prompt").mkdir()
+    journal = rewritten(write_journal(tmp_path / "prompt", [0]), prompt_token_ids=(5, 5000))
+    with pytest.raises(BadInputError, match="vocabulary"):
+        list(replay(read_buckets(journal, 8), POLICY, LOSSES, device="cpu"))
+
+
+def test_rewards_that_a_loss_cannot_take_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewritten(write_journal(tmp_path, [0]), reward=2.0)
+    code, sentence = refusal(capsys, tmp_path, "--losses", "bnpo")
+    assert code == 65
+    assert "the recorded groups do not fit bnpo: the bnpo advantage needs rewards between 0 and 1" in sentence
+
+
+def test_a_number_beyond_all_floats_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = write_journal(tmp_path, [0])
+    connection = connect(journal, "run")
+    (payload,) = connection.execute("SELECT payload FROM groups").fetchone()
+    group = decode_group(payload)
+    torn = tuple(
+        replace(one, sampler_logprobs=(-3e38,) * len(one.token_ids), reward=float(place))
+        for place, one in enumerate(group.completions)
+    )
+    connection.execute("UPDATE groups SET payload = ?", (encode_group(replace(group, completions=torn)),))
+    connection.close()
+    words = ["lab", "replay", "--run", str(tmp_path), "--policy", str(POLICY), "--device", "cpu", "--json"]
+    assert main([*words, "--losses", "grpo:kl_beta=1000"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["grad_norm"] is None
+    assert found["kl_k2"] > 1e70
 
 
 def test_the_command_prints_one_object_for_each_bucket_and_loss(
