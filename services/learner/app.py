@@ -179,6 +179,8 @@ async def _restore(parts: LoopParts, versions: VersionFiles) -> None:
     position = await asyncio.to_thread(parts.checkpoints.restore, parts.policy, parts.trainer)
     weights = await asyncio.to_thread(parts.policy.wire_weights)
     version, state = 0, None
+    if position is None and (lost := max(versions.rows, default=0)):
+        _log.warning("no_checkpoint", steps_taken_again=lost)
     if position is not None:
         version, state = position.version, cast("Mapping[str, int | str]", position.data)
         _restore_counters(parts, position)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from services.learner.policy import Policy
 from services.learner.tensor_file import save_tensors
 from services.learner.trainer import Trainer
-from services.runtime.errors import ConfigError, CorruptObjectError
+from services.runtime.errors import ConfigError, CorruptObjectError, StorageError
 from services.runtime.failpoints import hit
 from services.runtime.files import atomic_write, storage_errors, sync_directory
 from services.runtime.log import get_logger
@@ -34,6 +34,8 @@ _MASTERS, _OPTIMIZER, _STATE = "masters.safetensors", "optimizer.safetensors", "
 _RNG = "rng/cpu"
 _DIGEST = "digest"
 _DAMAGED = (CorruptObjectError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+_INCOMPLETE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""The faults of a file that show a checkpoint to be damaged; others, such as its rights, may be mended."""
 _NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
 
 _log = get_logger("learner.checkpoint")
@@ -63,8 +65,11 @@ class Checkpoints:
                 shutil.rmtree(left_over, ignore_errors=True)
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, newest first, sound or not. Copies under names of their own are somebody else's."""
-        found = [match for path in self._directory.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+        """Steps with a checkpoint, newest first, sound or not. Copies under names of their own are somebody else's.
+
+        Raises StorageError."""
+        with storage_errors(f"read {self._directory}"):  # glob takes a folder that it may not read for an empty one
+            found = [match for path in self._directory.iterdir() if (match := _NAME.fullmatch(path.name))]
         return sorted((int(match[1]) for match in found), reverse=True)
 
     def write(self, position: Position, policy: Policy, trainer: Trainer) -> Path:
@@ -94,7 +99,7 @@ class Checkpoints:
         """Loads the newest sound checkpoint into policy and trainer; None where there is none.
 
         Raises CorruptObjectError when there are checkpoints and none is sound: starting anew would lose the run;
-        ConfigError for a sound one of another model.
+        StorageError for one that cannot be read; ConfigError for a sound one of another model.
         """
         steps, reason = self.steps(), ""
         for step in steps:
@@ -104,6 +109,11 @@ class Checkpoints:
             except ConfigError:
                 raise
             except _DAMAGED as error:
+                if isinstance(error, OSError) and not isinstance(error, _INCOMPLETE):
+                    raise StorageError(
+                        f"checkpoint {path} cannot be read ({error.strerror or error}): mend that, or move it away to "
+                        "go on from the one before"
+                    ) from error
                 _log.error("checkpoint_damaged", path=path, reason=error)
                 reason = reason or f"{error}"
         if steps:

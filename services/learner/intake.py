@@ -303,7 +303,6 @@ class Intake:
         name = LeaseName.parse(group.lease_id) if group else None
         bad_id = judgement.reason == Fault.BAD_GROUP_ID
         bad_digest = judgement.reason in (Fault.BAD_GROUP_ID, Fault.DIGEST_MISMATCH)
-        worthless = judgement.code in (VerdictCode.INVALID, VerdictCode.QUARANTINED)
         return GroupRow(
             sampler_id=arrival.sampler_id,
             spool_id=arrival.spool_id,
@@ -320,7 +319,7 @@ class Intake:
             tokens=sum(lengths),
             longest=max(lengths, default=0),
             arrived_unix_ms=self._unix_ms(),
-            payload=b"" if worthless else envelope.payload,
+            payload=envelope.payload if judgement.code is VerdictCode.ACCEPTED else b"",
         )
 
     def _remember(self, draft: _Draft, arrival: Arrival, first: First) -> None:

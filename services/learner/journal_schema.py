@@ -1,6 +1,9 @@
 """The journal's file: its tables, how it is opened, and what a starting learner reads from it."""
 
+import errno
+import os
 import sqlite3
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +18,9 @@ _ValueT = TypeVar("_ValueT", int, str)
 
 SCHEMA_VERSION = 1
 
+_REFUSED_WRITES = frozenset({sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
+"""What SQLite makes of a used-up quota, and of no room for its shared memory; and of a disk that fails."""
+
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE streams (
@@ -25,7 +31,7 @@ CREATE TABLE denied (sampler_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE versions (
     version INTEGER, root TEXT, learner_epoch INTEGER NOT NULL, retired INTEGER NOT NULL, PRIMARY KEY (version, root)
 ) WITHOUT ROWID;
--- Every group once, with its first verdict. The payload of an INVALID group is not kept.
+-- Every group once, with its first verdict. The payload of a refused group is not kept.
 CREATE TABLE groups (
     id INTEGER PRIMARY KEY,
     sampler_id TEXT NOT NULL, spool_id TEXT NOT NULL, seq INTEGER NOT NULL,
@@ -92,7 +98,10 @@ def connect(path: Path, run_id: str) -> sqlite3.Connection:
 
 def fault_of(path: Path, error: sqlite3.Error | OSError) -> StorageError:
     """What SQLite or the system says of the file, and what to do about it."""
-    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+    code = getattr(error, "sqlite_errorcode", 0)
+    if code in _REFUSED_WRITES and is_used_up(path.parent):
+        return DiskFullError(f"journal {path} cannot be written ({error}): free disk space, or its quota")
+    match code & 0xFF:
         case sqlite3.SQLITE_FULL:
             return DiskFullError(f"journal {path} cannot be written ({error}): free disk space")
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
@@ -102,6 +111,18 @@ def fault_of(path: Path, error: sqlite3.Error | OSError) -> StorageError:
             )
         case _:
             return StorageError(f"journal {path} fails ({error}): check its disk and who may write there")
+
+
+def is_used_up(directory: Path) -> bool:
+    """Whether a file can be written there no more because the disk or a quota is used up."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def get_meta(connection: sqlite3.Connection, key: str, default: _ValueT) -> _ValueT:

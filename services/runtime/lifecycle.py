@@ -9,6 +9,7 @@
 """
 
 import asyncio
+import errno
 import os
 import secrets
 import signal
@@ -17,11 +18,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import cast
 
 from services.runtime import failpoints, systemd
-from services.runtime.errors import ConfigError, FencedError, HeteroRLError, RefusedError
+from services.runtime.errors import ConfigError, ExhaustedError, FencedError, HeteroRLError, RefusedError
 from services.runtime.log import Logger, get_logger
 
 _DECISIVE = (FencedError, RefusedError, ConfigError)
 """Errors that restarting does not heal: they win over the failures that they cause elsewhere in a group."""
+_NO_MEMORY = "there is not enough memory: free some, or use a larger machine"
 
 
 class Process:
@@ -101,10 +103,32 @@ def explain(error: BaseException, log: Logger) -> HeteroRLError:
             log.error("also_failed", exc_info=None if isinstance(other, HeteroRLError) else other, error=other)
     if isinstance(first, HeteroRLError):
         return first
+    if (sentence := _what_the_host_lacks(first)) is not None:
+        return ExhaustedError(sentence)
     # The message may travel to a peer: what the exception says stays in the log.
     identifier = secrets.token_hex(4)
     log.error("internal_error", exc_info=first, error_id=identifier)
     return HeteroRLError(f"internal error {identifier}: the log has its traceback")
+
+
+def _what_the_host_lacks(error: BaseException) -> str | None:
+    """One sentence for a limit of this host that was met, which is no fault of ours; None for anything else."""
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return "the GPU has not enough memory: lower batch.micro_batch_tokens, or use a larger one"
+    if isinstance(error, MemoryError) or "allocate memory" in said:  # torch's, of the machine
+        return _NO_MEMORY
+    if said == "can't start new thread":
+        return "no more threads can be started: raise the limit of processes (ulimit -u, TasksMax=, --pids-limit) or of memory"
+    match error.errno if isinstance(error, OSError) else None:
+        case errno.EMFILE | errno.ENFILE:
+            return "no more files can be opened: raise the limit of open files (ulimit -n, LimitNOFILE=)"
+        case errno.EAGAIN:
+            return "no more processes can be started: raise the limit of them (ulimit -u, TasksMax=, --pids-limit)"
+        case errno.ENOMEM:
+            return _NO_MEMORY
+        case _:
+            return None
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

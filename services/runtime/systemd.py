@@ -13,12 +13,12 @@ def notify(*lines: str) -> None:
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     message = "\n".join(line.replace("\n", " ") for line in lines).encode()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.setblocking(False)
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.setblocking(False)
             sender.sendto(message, address)
-        except OSError:
-            return
+    except OSError:  # nobody listens, or no file can be opened any more
+        return
 
 
 def watchdog_interval_s() -> float | None:

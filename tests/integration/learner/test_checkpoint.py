@@ -76,6 +76,29 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, policy
         checkpoints.restore(policy, trainer)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path: Path, policy_dir: Path) -> None:
+    policy, trainer = fresh(policy_dir)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.write(at(step, policy, trainer), policy, trainer)
+    masters = tmp_path / "step-00000002" / "masters.safetensors"
+    kept = masters.rename(tmp_path / "elsewhere")
+    masters.symlink_to(masters.name)  # cannot be read by root either
+    with pytest.raises(StorageError, match=r"step-00000002 cannot be read .*: mend that, or move it away"):
+        checkpoints.restore(policy, trainer)
+    kept.replace(masters)
+    assert (position := checkpoints.restore(policy, trainer)) is not None
+    assert position.step == 2
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").symlink_to("checkpoints")
+    with pytest.raises(StorageError, match="cannot read"):
+        checkpoints.steps()
+
+
 def test_a_new_checkpoint_outlives_the_damaged_ones_of_later_steps(tmp_path: Path, policy_dir: Path) -> None:
     policy, trainer = fresh(policy_dir)
     checkpoints = Checkpoints(tmp_path, keep=2)

@@ -1,13 +1,14 @@
 """From restore to batch on a real journal, without a server."""
 
 import asyncio
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from services.learner.data_plane import DataPlane
+from services.learner.data_plane import JOURNAL_FILE, DataPlane
 from services.learner.intake import Arrival, Gap
 from services.runtime import failpoints
 from services.runtime.errors import BadInputError, ConfigError, StorageError
@@ -234,5 +235,8 @@ async def test_an_evaluation_that_is_cancelled_leaves_nothing_behind(tmp_path: P
         verdict = await run.submit(envelope(1, group_for(leases[0])))
         assert isinstance(verdict, Verdict)
         assert verdict.code is VerdictCode.LEASE_LOST
+        with sqlite3.connect(tmp_path / JOURNAL_FILE) as raw:  # refused groups without end must not fill the disk
+            assert raw.execute("SELECT verdict, LENGTH(payload) FROM groups").fetchall() == [(verdict.code.value, 0)]
+        raw.close()
         empty = await (await run.plane.evaluate((), 1)).result()
         assert (empty.round, empty.prompts) == (2, 0)

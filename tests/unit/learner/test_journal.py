@@ -1,19 +1,22 @@
 """The journal on a real disk: what it holds after reopening, rewinding, and faults."""
 
 import asyncio
+import resource
+import signal
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from services.learner import journal_schema
 from services.learner.journal import Journal
 from services.learner.journal_rows import PURPOSE_EVAL, RepeatRow
 from services.learner.journal_schema import Recovered
 from services.learner.published import VersionRow
 from services.learner.tally import Tally, length_bucket
 from services.runtime import failpoints
-from services.runtime.errors import ConfigError, HeteroRLError, StorageError
+from services.runtime.errors import ConfigError, DiskFullError, HeteroRLError, StorageError
 from services.wire.types import VerdictCode
 from tests.support.journal_rows import RUN, group_row
 
@@ -207,6 +210,27 @@ async def test_a_full_disk_can_be_waited_out_and_another_fault_cannot(tmp_path: 
     assert journal.broken is not None
     with pytest.raises(StorageError):
         await journal.commit([group_row(2)], [])
+    await journal.close()
+
+
+@pytest.mark.parametrize("used_up", [True, False])
+async def test_a_used_up_quota_is_told_apart_from_a_disk_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used_up: bool
+) -> None:
+    journal, _ = await opened(tmp_path)
+    monkeypatch.setattr(journal_schema, "is_used_up", lambda directory: used_up and directory == tmp_path)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # SQLite calls both an I/O error
+    try:
+        with pytest.raises(StorageError) as caught:
+            await journal.commit([group_row(1, payload=b"x" * 2_000_000)], [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert isinstance(caught.value, DiskFullError) is used_up
+    assert (journal.broken is None) is used_up
+    if used_up:
+        await journal.commit([group_row(1)], [])
     await journal.close()
 
 

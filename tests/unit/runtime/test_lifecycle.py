@@ -1,11 +1,19 @@
 """Which error explains a failure, and what `run` does with it."""
 
+import errno
 import json
 import logging
 
 import pytest
 
-from services.runtime.errors import EngineError, FencedError, HeteroRLError, StorageError, UnavailableError
+from services.runtime.errors import (
+    EngineError,
+    ExhaustedError,
+    FencedError,
+    HeteroRLError,
+    StorageError,
+    UnavailableError,
+)
 from services.runtime.lifecycle import Process, explain, run
 from services.runtime.log import JsonLines, get_logger
 
@@ -31,6 +39,25 @@ def test_a_fault_of_ours_becomes_an_id_and_its_text_stays_in_the_log(caplog: pyt
     line = json.loads(JsonLines().format(caplog.records[-1]))
     assert line["error_id"] in str(error)
     assert "hunter2" in line["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (RuntimeError("can't start new thread"), "no more threads"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), "not enough"),
+        (OSError(errno.EMFILE, "Too many open files"), "no more files"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more processes"),
+    ],
+)
+def test_a_limit_of_the_host_is_one_sentence_and_no_fault_of_ours(
+    fault: Exception, sentence: str, caplog: pytest.LogCaptureFixture
+):
+    error = explain(ExceptionGroup("a", [fault]), LOG)
+    assert (type(error), error.exit_code) == (ExhaustedError, 75)
+    assert sentence in str(error)
+    assert not caplog.records
 
 
 def test_a_main_that_returns_ends_with_zero():
