@@ -119,12 +119,12 @@ def _what_the_host_lacks(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or "allocate memory" in said:  # torch's, of the machine
         return _NO_MEMORY
     if said == "can't start new thread":
-        return "no more threads can be started: raise the limit of processes (ulimit -u, TasksMax=, --pids-limit) or of memory"
+        return "no more threads can be started: raise the limit of processes (ulimit -u, TasksMax=) or of memory"
     match error.errno if isinstance(error, OSError) else None:
         case errno.EMFILE | errno.ENFILE:
             return "no more files can be opened: raise the limit of open files (ulimit -n, LimitNOFILE=)"
         case errno.EAGAIN:
-            return "no more processes can be started: raise the limit of them (ulimit -u, TasksMax=, --pids-limit)"
+            return "no more processes can be started: raise the limit of them (ulimit -u, TasksMax=)"
         case errno.ENOMEM:
             return _NO_MEMORY
         case _:
