@@ -12,6 +12,9 @@ from services.wire.delta.tensors import Bits, TensorForm, Weights
 
 CHUNK_ELEMENTS = 4 << 20
 PART_BYTES = 64 << 20
+MANY_PARTS = 8
+"""A policy that would have fewer parts has parts of half the size: the sooner the first is made and the last one decoded,
+the sooner the update is there, and it has few enough of them."""
 PART_SEGMENTS = 4096
 """More tensors than this in one part would make its table large."""
 
@@ -76,13 +79,15 @@ def plan_chunks(forms: Iterable[TensorForm]) -> list[Chunk]:
 def plan_parts(forms: Sequence[TensorForm]) -> list[PartLayout]:
     """Parts of at most PART_BYTES of model bytes and PART_SEGMENTS segments; at least one."""
     by_name = {form.name: form for form in forms}
+    full_bytes = sum(form.elements * form.item_bytes for form in forms)
+    part_bytes = PART_BYTES if full_bytes >= MANY_PARTS * PART_BYTES else PART_BYTES // 2
     groups: list[list[Chunk]] = [[]]
-    room, slots = PART_BYTES, PART_SEGMENTS
+    room, slots = part_bytes, PART_SEGMENTS
     for chunk in plan_chunks(forms):
         size = chunk.count * by_name[chunk.segments[0].name].item_bytes
         if size > room or len(chunk.segments) > slots:
             groups.append([])
-            room, slots = PART_BYTES, PART_SEGMENTS
+            room, slots = part_bytes, PART_SEGMENTS
         groups[-1].append(chunk)
         room -= size
         slots -= len(chunk.segments)

@@ -24,7 +24,7 @@ PARTS = 5
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 2000)
-    monkeypatch.setattr(layout_module, "PART_BYTES", 8000)
+    monkeypatch.setattr(layout_module, "PART_BYTES", 16_000)
 
 
 class Fetches:

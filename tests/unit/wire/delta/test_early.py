@@ -29,7 +29,7 @@ Policy = dict[str, BitTensor]
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 1000)
-    monkeypatch.setattr(layout_module, "PART_BYTES", 4096)
+    monkeypatch.setattr(layout_module, "PART_BYTES", 8192)
 
 
 def delta_of(base: Policy, new: Policy, codec: Codec = Codec.SX) -> EncodedUpdate:
@@ -138,7 +138,7 @@ def test_elements_that_were_not_written_yet_are_not_taken_for_those_that_came(
     new, forged = copy_of(base), copy_of(base)
     new["w"].bits[[5, 2500]] += 1
     forged["w"].bits[[5, 1500, 2500]] += 1
-    monkeypatch.setattr(layout_module, "PART_BYTES", 6000)
+    monkeypatch.setattr(layout_module, "PART_BYTES", 12_000)
     (whole,) = layout_module.plan_parts(forms_of(base))
     first, hole, last = whole.chunks
     parts = [PartLayout(forms=whole.forms, chunks=chunks) for chunks in ((first, last), (hole,))]

@@ -77,7 +77,7 @@ def test_a_policy_of_many_chunks_and_parts_comes_back(
     workers: int, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 1000)
-    monkeypatch.setattr(layout_module, "PART_BYTES", 4096)
+    monkeypatch.setattr(layout_module, "PART_BYTES", 8192)
     rng = np.random.default_rng(2)
     base = model(rng)
     new = nudged(rng, base, 0.02)
@@ -106,7 +106,7 @@ def test_the_next_chunks_are_encoded_while_the_caller_does_something_with_a_part
     workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 1000)
-    monkeypatch.setattr(layout_module, "PART_BYTES", 10_000)
+    monkeypatch.setattr(layout_module, "PART_BYTES", 20_000)
     rng = np.random.default_rng(7)
     base = {"w": tensor("BF16", normal_bf16(rng, 20_000))}
     new = nudged(rng, base, 0.02)
