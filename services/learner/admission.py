@@ -15,6 +15,7 @@ from services.learner.published import Origin, PublishedVersions
 from services.runtime.errors import BadInputError
 from services.wire.convert import decode_group
 from services.wire.types import (
+    MOST_REWARD,
     Completion,
     GroupEnvelope,
     LeasePurpose,
@@ -54,10 +55,6 @@ class Fault(StrEnum):
     """An evaluation by an older version than the round's."""
     UNKNOWN_ROOT = "UNKNOWN_ROOT"
 
-
-MOST_REWARD = 1e12
-"""Gradients are float32, and the square of their norm too: far larger rewards make steps that are not finite, and
-enough of those end the run."""
 
 ROLLED_BACK = "ROLLED_BACK"
 """Reason of FUTURE_VERSION for weights that a restore of the learner undid."""

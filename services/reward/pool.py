@@ -23,6 +23,7 @@ from services.reward.spec import GraderSpec, as_json
 from services.reward.worker import Limits
 from services.reward.worker_handle import Fault, FaultKind, Nursery, WorkerHandle
 from services.runtime.errors import EngineError, ScoreError
+from services.wire.types import MOST_REWARD
 
 CHUNK_MAX = 8
 TRIES = 2
@@ -250,11 +251,15 @@ def _no_score(status: Status, reason: str, seconds: float) -> Score:
 
 def _score(reply: dict[str, object]) -> Score:
     parts = tuple(Part(**part) for part in cast("list[dict[str, Any]]", reply["parts"]))
+    reward, seconds = sum(part.weight * part.reward for part in parts), cast("float", reply["seconds"])
+    if not all(abs(value) <= MOST_REWARD for value in (reward, *(part.reward for part in parts))):
+        reason = f"a reward of {reward:g} is none: it lies between -{MOST_REWARD:g} and {MOST_REWARD:g}"
+        return _no_score(Status.INFRASTRUCTURE_FAILURE, reason, seconds)
     return Score(
-        reward=sum(part.weight * part.reward for part in parts),
+        reward=reward,
         extracted=next((part.extracted for part in parts if part.extracted is not None), None),
         reason="; ".join(part.reason for part in parts),
-        seconds=cast("float", reply["seconds"]),
+        seconds=seconds,
         status=Status.OK,
         parts=parts,
     )

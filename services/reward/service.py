@@ -14,7 +14,7 @@ from heterorl.v1 import reward_pb2, reward_pb2_grpc
 from services.reward import messages
 from services.reward.pool import Pool
 from services.runtime.address import Address, parse_listen
-from services.runtime.errors import ExhaustedError, HeteroRLError, UsageError
+from services.runtime.errors import BadInputError, ExhaustedError, HeteroRLError, UsageError
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
 from services.wire.interceptors import ErrorInterceptor
@@ -84,15 +84,18 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         return reward_pb2.ScoreGroupsResponse(request_id=request.request_id, response=response)
 
     async def _score(self, request: reward_pb2.ScoreGroupRequest) -> reward_pb2.ScoreGroupResponse:
+        count = len(request.completions)
+        if count > PENDING_COMPLETIONS_MAX:
+            raise BadInputError(f"A call scores at most {PENDING_COMPLETIONS_MAX} completions, not {count}.")
+        if self._pending + count > PENDING_COMPLETIONS_MAX:
+            raise ExhaustedError(f"{self._pending} completions wait to be graded; send later.", RETRY_AFTER_S)
         graders = messages.from_graders(request.graders)
         requests = messages.from_request(request)
-        if self._pending + len(requests) > PENDING_COMPLETIONS_MAX:
-            raise ExhaustedError(f"{self._pending} completions wait to be graded; send later.", RETRY_AFTER_S)
-        self._pending += len(requests)
+        self._pending += count
         try:
             scores = await self._pool.score_group(requests, graders)
         finally:
-            self._pending -= len(requests)
+            self._pending -= count
         return reward_pb2.ScoreGroupResponse(
             scores=[messages.to_score(score, graders) for score in scores],
             worker_restarts=self._pool.stats.restarts,

@@ -23,6 +23,7 @@ LOAD_S = 60.0
 # A worker killed by the clock was computing if it had used at least this share of its CPU seconds: ordinary answers
 # need less, and the rest of the wall time it may have waited for a core of a busy machine.
 CPU_SHARE_OF_ANSWER = 0.1
+_NAMES = {one.value: one.name for one in signal.Signals}
 
 
 class FaultKind(StrEnum):
@@ -98,14 +99,14 @@ class WorkerHandle:
                 if size > frames.FRAME_BYTES_MAX:
                     return Fault(kind=FaultKind.GRADER, reason="the worker sent more than a score")
                 message = cast("dict[str, object]", frames.decode(await self._reader.readexactly(size)))
+                kind, self._cpu_s = message["kind"], float(cast("float", message["cpu_s"]))
         except TimeoutError:
             return await self._timed_out(wall_s, cpu_s)
         except (asyncio.IncompleteReadError, ConnectionError):
             return await self._died(cpu_s)
-        except ValueError:
+        except (ValueError, TypeError, KeyError):  # something that a grader wrote
             return Fault(kind=FaultKind.GRADER, reason="the worker sent no score")
-        self._cpu_s = cast("float", message["cpu_s"])
-        match message["kind"]:
+        match kind:
             case "memory":
                 return Fault(kind=FaultKind.ANSWER, reason="over the limit of memory")
             case "failed":
@@ -136,7 +137,7 @@ class WorkerHandle:
             return Fault(kind=FaultKind.ANSWER, reason=f"over the limit of {cpu_s:g} CPU seconds")
         if ended.code == nursery.EXIT_MEMORY:
             return Fault(kind=FaultKind.ANSWER, reason="over the limit of memory")
-        how = signal.Signals(ended.signal).name if ended.signal else f"exit code {ended.code}"
+        how = _NAMES.get(ended.signal, f"signal {ended.signal}") if ended.signal else f"exit code {ended.code}"
         return Fault(kind=FaultKind.GRADER, reason=f"the worker died with {how}")
 
     async def _wait_ended(self) -> Ended | None:

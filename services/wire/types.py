@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 PROTOCOL_VERSION = 1
+MOST_REWARD = 1e12
+"""Either way. Gradients are float32, and the square of their norm too: far larger rewards make steps that are not
+finite, and enough of those end the run."""
 
 
 class LeasePurpose(Enum):

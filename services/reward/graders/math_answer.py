@@ -166,8 +166,13 @@ class MathGrader:
 def read_gold(answer: str, is_choice: bool) -> Gold:
     """Reads a reference answer: GSM8K's (after ####), MATH's (boxed), or the answer alone. Raises ScoreError."""
     text = _gold_text(answer)
-    if not text:
+    if not answer.strip():
         raise ScoreError("The reference answer is empty.")
+    if not text:
+        raise ScoreError(
+            f"The reference answer {answer!r:.80} cannot be graded: what it marks is empty or never ends, "
+            f"or it is longer than {extract.CLEAN_CHARS_MAX} characters."
+        )
     reason = guard.unprintable(text)
     if reason is not None:
         raise ScoreError(f"The reference answer {text!r:.80} cannot be graded: it holds {reason}.")

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -38,6 +39,14 @@ def obey(prompt: str, completion: str, answer: str, metadata: dict[str, object])
             if not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+        case "odd signal":
+            os.kill(os.getpid(), 40)
+        case "speak":
+            for descriptor in range(3, 64):
+                with suppress(OSError):
+                    os.write(descriptor, b"\0\0\0\x03[1]")
+        case "too much":
+            return 1.1e12
         case "fork":
             os.fork()
         case "print":

@@ -89,6 +89,8 @@ async def test_an_answer_that_exhausts_a_limit_has_reward_0_and_costs_the_others
     [
         ("crash", "died with SIGSEGV"),
         ("exit", "died with exit code 7"),
+        ("odd signal", "died with signal 40"),
+        ("speak", "sent no score"),
         ("raise", "RuntimeError('the grader is broken')"),
         ("wait", "hung for 1"),
         ("recurse", "obey called itself too deeply"),
@@ -103,6 +105,15 @@ async def test_a_grader_that_fails_twice_is_an_infrastructure_failure_and_no_rew
     assert pool.stats.infrastructure_failures == 1
     assert pool.stats.restarts == 2
     assert pool.stats.answer_timeouts == 0
+
+
+async def test_a_reward_that_no_learner_takes_is_a_failure_of_the_grader(pool: Pool) -> None:
+    (only,) = await score(pool, "", ["too much"], OBEY)
+    assert (only.status, only.reward) == (Status.INFRASTRUCTURE_FAILURE, 0.0)
+    assert "1e+12" in only.reason
+    vast = [GraderSpec(name="exact", weight=1e308)] * 2
+    (infinite,) = await pool.score_group([ScoreRequest(prompt="", answer="7", completion="7")], vast)
+    assert infinite.status is Status.INFRASTRUCTURE_FAILURE
 
 
 async def test_a_grader_that_fails_once_is_tried_again(pool: Pool, tmp_path: Path) -> None:

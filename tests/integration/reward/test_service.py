@@ -17,7 +17,7 @@ from services.reward.pool import Pool
 from services.reward.scorer import ScoreRequest, Status
 from services.reward.service import PENDING_COMPLETIONS_MAX, RewardServicer
 from services.reward.spec import GraderSpec
-from services.runtime.errors import ExhaustedError, ScoreError, UnavailableError
+from services.runtime.errors import BadInputError, ExhaustedError, ScoreError, UnavailableError
 from services.wire.interceptors import ErrorInterceptor
 from services.wire.server import bind_unix, build_server
 
@@ -87,8 +87,23 @@ async def test_errors_arrive_as_what_they_were(client: RewardClient) -> None:
         await client.score_group(requests("", "7"), MATH)
     with pytest.raises(ScoreError, match="names no grader"):
         await client.score_group(requests("7", "7"), [])
-    with pytest.raises(ExhaustedError, match="send later"):
+    with pytest.raises(BadInputError, match="at most 8192 completions, not 8193"):
         await client.score_group(requests("7", *["7"] * (PENDING_COMPLETIONS_MAX + 1)), MATH)
+
+
+async def test_a_service_with_all_that_it_can_hold_asks_to_send_later(target: str, client: RewardClient) -> None:
+    spec = types_pb2.GraderSpec(name="math", weight=1)
+    most = reward_pb2.ScoreGroupRequest(answer="7", completions=["7"] * PENDING_COMPLETIONS_MAX, graders=[spec])
+
+    async def ask_beside(waiting: grpc.aio.UnaryUnaryCall) -> None:
+        while not waiting.done():
+            await client.score_group(requests("7", "7"), MATH)
+
+    async with grpc.aio.insecure_channel(target) as channel:
+        waiting = reward_pb2_grpc.RewardServiceStub(channel).ScoreGroup(most)
+        with pytest.raises(ExhaustedError, match="send later"):
+            await ask_beside(waiting)
+        waiting.cancel()
 
 
 async def test_options_that_are_not_json_are_bad_input(target: str) -> None:
