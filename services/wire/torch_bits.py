@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 
 from services.runtime.errors import InvalidWeightsError
+from services.wire.delta.decode import allocate
 from services.wire.delta.sparse import SIGNED
-from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, BitTensor, Weights, check_form
+from services.wire.delta.tensors import BitTensor, TensorForm, Weights, check_form
 
 DTYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
@@ -34,19 +35,22 @@ CARRIER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def to_bits(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = torch.bfloat16) -> dict[str, BitTensor]:
-    """A snapshot: floating tensors cast to `dtype` (None: as they are), copied to the CPU.
+    """A snapshot: floating tensors cast to `dtype` (None: as they are), copied to the CPU, into one block of memory.
 
     Nothing in the result shares memory with the model, so that training may go on. Of tensors that are one in memory
     (tied weights) only the first name is kept. Raises InvalidWeightsError for a name or type that does not travel.
     """
-    weights: dict[str, BitTensor] = {}
+    kept: dict[str, torch.Tensor] = {}
     seen: set[tuple[str, int, tuple[int, ...], tuple[int, ...]]] = set()
     for name, tensor in state_dict.items():
         identity = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and tensor.data_ptr() and identity in seen:
             continue
         seen.add(identity)
-        weights[name] = _bits_of(name, tensor.detach(), dtype)
+        kept[name] = tensor.detach()
+    weights = allocate([_form_of(name, tensor, dtype) for name, tensor in kept.items()])
+    for name, copy in to_torch(weights).items():
+        copy.copy_(kept[name])
     return weights
 
 
@@ -63,12 +67,9 @@ def to_torch(weights: Weights, device: str | torch.device = "cpu") -> dict[str, 
     return tensors
 
 
-def _bits_of(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> BitTensor:
+def _form_of(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> TensorForm:
     target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     type_name = DTYPES.get(target)
     if type_name is None:
         raise InvalidWeightsError(f"{name} has the type {target}, which does not travel: convert it first")
-    form = check_form(name, type_name, tensor.shape)
-    copied = tensor.to(device="cpu", dtype=target, copy=True).contiguous()
-    carrier = copied.reshape(-1).view(CARRIER[form.item_bytes])
-    return BitTensor(dtype=type_name, shape=form.shape, bits=carrier.numpy().view(BITS_TYPE[ITEM_BYTES[type_name]]))
+    return check_form(name, type_name, tensor.shape)

@@ -13,8 +13,8 @@ from services.wire.delta.tensors import Bits, TensorForm, Weights
 CHUNK_ELEMENTS = 4 << 20
 PART_BYTES = 64 << 20
 MANY_PARTS = 8
-"""A policy that would have fewer parts has parts of half the size: the sooner the first is made and the last one decoded,
-the sooner the update is there, and it has few enough of them."""
+"""A policy that would have fewer has parts of half the size: the sooner the first is made and the last one decoded, the
+sooner the update is there."""
 PART_SEGMENTS = 4096
 """More tensors than this in one part would make its table large."""
 
