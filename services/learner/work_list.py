@@ -12,6 +12,9 @@ _MAX_GRANTS = 8
 _MAX_DROPS = 3
 """A prompt whose groups came too late so often is given up: it is slower than the staleness bound allows."""
 
+_ENOUGH_CALLERS = 2
+"""Samplers that must call a prompt unusable, where there are so many."""
+
 
 class WorkList:
     """`on_given_up` hears of each work that nobody will be asked for again. Not thread-safe, and never waits."""
@@ -24,6 +27,7 @@ class WorkList:
         self._train: deque[str] = deque()
         self._eval: deque[str] = deque()
         self._drops: Counter[int] = Counter()
+        self._called_unusable: dict[str, set[str]] = {}
         self._unusable: set[str] = set()
         self.following = 0
         """Number of the next new training prompt."""
@@ -122,12 +126,17 @@ class WorkList:
         if self._drops[number] < _MAX_DROPS and f"t{number}" not in self._open:
             self.put_back([self._open_training(number)])
 
-    def give_up(self, work: Work, unusable: bool = False) -> None:
-        """`unusable`: the fault lies in the prompt, so that later passes over the data skip it too."""
+    def give_up(self, work: Work) -> None:
         self.remove(work)
-        if unusable:
-            self._unusable.add(work.prompt.prompt_id)
         self._on_given_up(work)
+
+    def call_unusable(self, prompt: Prompt, sampler_id: str, samplers: int) -> None:
+        """This sampler says that the fault lies in the prompt. Where another of the `samplers` says so too, or there is
+        no other, later passes over the data skip it: one host with broken graders must not use a data set up."""
+        callers = self._called_unusable.setdefault(prompt.prompt_id, set())
+        callers.add(sampler_id)
+        if len(callers) >= min(_ENOUGH_CALLERS, samplers):
+            self._unusable.add(prompt.prompt_id)
 
     def remove(self, work: Work) -> None:
         self.unqueue(work)

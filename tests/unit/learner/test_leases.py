@@ -153,6 +153,19 @@ async def test_a_data_set_of_unusable_prompts_runs_out() -> None:
     assert (await given.grant()).reason == "no_prompts"
 
 
+async def test_one_sampler_among_several_cannot_use_up_a_data_set() -> None:
+    given = Table()
+    given.samplers = 3
+    given.table.advance(0)
+    for _ in range(3 * len(PROMPTS)):
+        given.table.release("broken", [lease.lease_id for lease in await given.leases("broken", 1)], "bad_gold")
+    assert not given.table.all_unusable
+    for _ in range(len(PROMPTS)):
+        given.table.release("b", [lease.lease_id for lease in await given.leases("b", 1)], "bad_gold")
+    assert given.table.all_unusable
+    assert (await given.grant("c")).reason == "no_prompts"
+
+
 async def test_a_prompt_whose_groups_came_too_late_is_granted_again_but_not_for_ever() -> None:
     given = Table(groups_per_step=1, max_staleness=0)
     given.table.advance(0)
