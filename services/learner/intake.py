@@ -237,16 +237,27 @@ class Intake:
         if seq > expected:
             return Gap(expected_seq=expected)
         if seq < expected:
-            first = draft.by_seq.get((*stream, seq)) or by_seq
             draft.resent += 1
-            code = first.verdict if first else None
-            return Verdict(seq=seq, code=VerdictCode.DUPLICATE, reason=first.reason if first else "", first=code)
+            return self._again(arrival, draft.by_seq.get((*stream, seq)) or by_seq)
         draft.heads[stream] = seq
         if (first := draft.by_id.get((arrival.sampler_id, arrival.envelope.group_id)) or by_id) is not None:
             return self._repeat(draft, arrival, first)
         if inspected is None:
             raise AssertionError("a group that nobody knows was not inspected")
         return self._admit(draft, arrival, inspected)
+
+    def _again(self, arrival: Arrival, first: First | None) -> Verdict:
+        """A seq that came before. With another group it is of a sampler that counts anew within an old spool: to call that
+        a duplicate of what was accepted would lose all of its work without a word."""
+        envelope = arrival.envelope
+        if first is not None and _is_other(envelope, first.content_sha256):
+            sampler = self._sessions.find(arrival.sampler_id)
+            if sampler is not None and not sampler.quarantined:
+                sampler.invalid_streak += 1
+                self._warn(arrival, Fault.ID_REUSE)
+            return Verdict(seq=envelope.seq, code=VerdictCode.INVALID, reason=Fault.ID_REUSE.value)
+        code = first.verdict if first else None
+        return Verdict(seq=envelope.seq, code=VerdictCode.DUPLICATE, reason=first.reason if first else "", first=code)
 
     def _repeat(self, draft: _Draft, arrival: Arrival, first: First) -> Verdict:
         """A group id that came before, under another seq."""
@@ -342,3 +353,10 @@ class Intake:
             sampler.invalid_streak += not (forgotten and row.reason in _OF_A_RESTORE)
             if sampler.quarantined and not before:
                 _log.error("sampler_quarantined", sampler_id=sampler.sampler_id, until="it registers again")
+
+
+def _is_other(envelope: GroupEnvelope, content_sha256: bytes) -> bool:
+    """Whether it is not what the journal knows by its seq, if that is known."""
+    if not content_sha256 or envelope.content_sha256 == content_sha256:
+        return False
+    return hashlib.sha256(envelope.payload).digest() != content_sha256

@@ -95,6 +95,21 @@ async def test_the_same_id_with_other_content_is_invalid_and_the_stream_lives(tm
         assert (tally.acknowledged, tally.buffered, tally.dropped) == (3, 2, {"INVALID/ID_REUSE": 1})
 
 
+async def test_a_sampler_that_counts_anew_within_its_old_spool_is_told_so(tmp_path: Path) -> None:
+    async with running_learner(tmp_path) as learner, sampler(learner) as one:
+        await learner.plane.advance(0, root(0))
+        first, second = await one.lease(2)
+        sent = envelope(1, group_for(first), "an-id")
+        stream = await one.open_stream()
+        assert (await stream.verdicts_for(sent))[0].code is VerdictCode.ACCEPTED
+        other = envelope(1, group_for(second), "another-id")
+        lost, known = await stream.verdicts_for(other, sent)
+        assert (lost.code, lost.reason) == (VerdictCode.INVALID, Fault.ID_REUSE)
+        assert (known.code, known.first) == (VerdictCode.DUPLICATE, VerdictCode.ACCEPTED)
+        await stream.verdicts_for(*[other] * 8)
+        assert (await one.lease_response(1)).reason == "paused"  # in quarantine, where operators see it
+
+
 async def test_a_group_that_comes_again_from_another_spool_is_a_duplicate(tmp_path: Path) -> None:
     async with running_learner(tmp_path) as learner, sampler(learner) as one:
         await learner.plane.advance(0, root(0))
