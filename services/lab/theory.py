@@ -77,7 +77,8 @@ def bernoulli_grid(points: int = 200, group_size: int = 8) -> BernoulliGrid:
     # A group is told by how many of its draws are the first outcome.
     for first in range(group_size + 1):
         share = first / group_size
-        chance = math.comb(group_size, first) * q**first * (1 - q) ** (group_size - first)
+        ways = math.lgamma(group_size + 1) - math.lgamma(first + 1) - math.lgamma(group_size - first + 1)
+        chance = np.exp(ways + first * np.log(q) + (group_size - first) * np.log1p(-q))
         contraharmonic = (share * q**2 + (1 - share) * (1 - q) ** 2) / (share * q + (1 - share) * (1 - q))
         top = q if first == group_size else 1 - q if first == 0 else largest
         for name, moments in _moments_of(p, q, {"group": contraharmonic, "max": top}, share).items():

@@ -25,6 +25,14 @@ def test_the_theorems_hold_on_the_grid_and_the_group_weight_still_varies_more_on
     assert found["theorem_1_bound_is_positive_share"] < 0.1
 
 
+def test_a_group_of_any_size_has_chances_that_sum_to_one() -> None:
+    grid = bernoulli_grid(5, group_size=1100)  # more ways to draw half of them than a float holds
+    assert grid.drawn["own"].mean == pytest.approx(1.0)
+    q = grid.chances[None, :]
+    limit = (q**3 + (1 - q) ** 3) / (q**2 + (1 - q) ** 2)  # of E: E_q[q²] / E_q[q], and not E_q[q]
+    assert grid.drawn["group"].mean == pytest.approx(grid.exact["group"].mean * (q**2 + (1 - q) ** 2) / limit, rel=0.01)
+
+
 @pytest.mark.parametrize("size", [2, 8])
 def test_the_larger_denominators_have_second_moments_below_both(size: int) -> None:
     found = findings(bernoulli_grid(40, size), gaussian_line(points=21))
