@@ -71,24 +71,28 @@ def learning_curve(records: Sequence[Mapping[str, float]]) -> str:
         axes.plot(reward.steps, smoothed(reward.values), color=_ACCENT, label="mean training reward")
         axes.plot(accuracy.steps, accuracy.values, "o-", color=_SECOND, label="held-out accuracy")
         axes.set_xlabel("optimizer step")
-        axes.set_ylim(0, 1.02)
+        if all(0.0 <= value <= 1.0 for value in (*reward.values, *accuracy.values)):  # rewards need not be shares
+            axes.set_ylim(0, 1.02)
         axes.legend(frameon=False, loc="lower right")
 
     return _svg(draw, "Learning")
 
 
 def staleness(histogram: Mapping[str, int], bound: int) -> str:
-    """Trained groups by staleness; the bound is drawn."""
+    """Trained groups by staleness; the bound is drawn, unless it is so far off that the bars would vanish."""
 
     def draw(axes: Axes) -> None:
         keys = sorted(int(key) for key in histogram)
+        largest = max(keys, default=0)
+        near = bound <= 8 * (largest + 4)
         axes.bar(keys, [histogram[str(key)] for key in keys], color=_THIRD, width=0.8)
-        axes.axvline(bound + 0.5, color=_SECOND, linestyle="--", linewidth=1)
-        axes.annotate(
-            " bound", (bound + 0.5, 1), xycoords=("data", "axes fraction"), ha="left", va="top", color=_SECOND
-        )
-        axes.set_xlim(-0.7, bound + 2.2)
-        axes.set_xlabel("staleness (versions)")
+        if near:
+            axes.axvline(bound + 0.5, color=_SECOND, linestyle="--", linewidth=1)
+            axes.annotate(
+                " bound", (bound + 0.5, 1), xycoords=("data", "axes fraction"), ha="left", va="top", color=_SECOND
+            )
+        axes.set_xlim(-0.7, (bound if near else largest) + 2.2)
+        axes.set_xlabel("staleness (versions)" if near else f"staleness (versions); the bound is {bound}")
         axes.set_ylabel("groups trained")
 
     return _svg(draw, "Staleness at consumption")
@@ -120,15 +124,3 @@ def weights(full_bytes: float, sent_bytes: float) -> str:
         axes.grid(visible=False, axis="y")
 
     return _svg(draw, "Weight traffic", (5.6, 1.8))
-
-
-def time_by_activity(seconds: Mapping[str, float]) -> str:
-    """Where the learner's time went."""
-
-    def draw(axes: Axes) -> None:
-        names = sorted(seconds, key=lambda name: seconds[name])
-        axes.barh([name.replace("_", " ") for name in names], [seconds[name] for name in names], color=_ACCENT)
-        axes.set_xlabel("seconds")
-        axes.grid(visible=False, axis="y")
-
-    return _svg(draw, "The learner's time", (5.6, 2.2))

@@ -142,9 +142,6 @@ def _figures(run: Run) -> list[str]:
         plots.staleness(histogram, int(_number(summary, "max_staleness"))),
         plots.weights(_number(summary, "weights_bytes_full"), _number(summary, "weights_bytes_sent")),
     ]
-    seconds = cast("Mapping[str, float]", summary.get("seconds_by_activity") or {})
-    if seconds:
-        figures.append(plots.time_by_activity(seconds))
     wanted: list[tuple[str, dict[str, str], bool]] = [
         ("Importance weight: variance", {"weight_var": "variance"}, False),
         ("Clipped share", {"clip_share": "clip share"}, False),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from services.monitor.plots import learning_curve, staleness
 from services.monitor.report import read_run, write_report
 from services.runtime.errors import BadInputError, InputMissingError
 
@@ -76,6 +77,16 @@ def test_the_groups_table_adds_up_to_what_was_acknowledged(run: Path):
     assert int(cells["acknowledged"]) == (
         int(cells["trained"]) + int(cells["dropped: stale"]) + int(cells["left in the buffer"])
     )
+
+
+def test_rewards_above_one_and_bars_far_below_the_bound_are_in_the_picture():
+    tall = learning_curve([{"step": step, "reward_mean": 1.5 + step} for step in range(3)])
+    assert ">3.5<" in tall
+    assert ">1.0<" in learning_curve([{"step": step, "reward_mean": 0.1 * step} for step in range(3)])
+    assert "> bound<" in staleness({"0": 4, "2": 1}, 8)
+    far = staleness({"0": 40, "2": 10}, 1_000_000)
+    assert "the bound is 1000000" in far
+    assert ">1<" in far, "the axis ends near the bars"
 
 
 def test_equal_runs_make_equal_reports(run: Path, tmp_path: Path):
