@@ -104,7 +104,7 @@ class LearnerSession:
             self.check_patience()
             await asyncio.sleep(wait_s)
         self._accept(response)
-        await self._spool.bind(self.session.run_id)
+        await self._spool.bind(self.session.run_id, self._sampler_id)
 
     async def call(self, send: Callable[[Session], Awaitable[_T]]) -> _T:
         """Makes one call under the current session.

@@ -69,9 +69,9 @@ class Spool:
         """Run that the spool was last bound to; empty for none."""
         return self._file.run_id
 
-    async def bind(self, run_id: str) -> None:
-        """Groups of another run are set aside, never submitted."""
-        await self._call(lambda: self._file.bind(run_id))
+    async def bind(self, run_id: str, sampler_id: str) -> None:
+        """Groups of another run, or of another sampler, are set aside, never submitted."""
+        await self._call(lambda: self._file.bind(run_id, sampler_id))
         await self._measure()
 
     async def append(self, payload: bytes) -> int:

@@ -17,7 +17,7 @@ from services.wire.types import GroupEnvelope
 
 _log = get_logger("sampler.spool")
 _SCHEMA = """
-CREATE TABLE meta (spool_id TEXT NOT NULL, run_id TEXT NOT NULL);
+CREATE TABLE meta (spool_id TEXT NOT NULL, run_id TEXT NOT NULL, sampler_id TEXT NOT NULL DEFAULT '');
 CREATE TABLE groups (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     group_id TEXT NOT NULL UNIQUE,
@@ -46,21 +46,26 @@ class SpoolFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._db = self._open()
-        self.spool_id, self.run_id = self._db.execute("SELECT spool_id, run_id FROM meta").fetchone()
+        self._take(self._open())
 
-    def bind(self, run_id: str) -> None:
-        """Makes this the spool of `run_id`; the spool of another run is renamed and a new one begun. Writes nothing
-        where it is that: a full disk must not end a sampler that registers again."""
-        if self.run_id == run_id:
+    def bind(self, run_id: str, sampler_id: str) -> None:
+        """Makes this the spool of a sampler in a run; that of another is renamed and a new one begun: its groups answer
+        leases that this sampler never had. Writes nothing where it is that: a full disk must not end a sampler that
+        registers again."""
+        if (self.run_id, self.sampler_id) == (run_id, sampler_id):
             return
-        if self.run_id not in ("", run_id):
-            self._set_aside(f"run-{self.run_id}")
-            self._db = self._open()
-            self.spool_id, self.run_id = self._db.execute("SELECT spool_id, run_id FROM meta").fetchone()
+        if self.run_id not in ("", run_id) or self.sampler_id not in ("", sampler_id):
+            same_run = self.run_id == run_id
+            self._set_aside(f"sampler-{self.sampler_id}" if same_run else f"run-{self.run_id}")
+            self._take(self._open())
         with _storage("write"), self._db:
-            self._db.execute("UPDATE meta SET run_id = ?", (run_id,))
-        self.run_id = run_id
+            self._db.execute("UPDATE meta SET run_id = ?, sampler_id = ?", (run_id, sampler_id))
+        self.run_id, self.sampler_id = run_id, sampler_id
+
+    def _take(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        row = db.execute("SELECT spool_id, run_id, sampler_id FROM meta").fetchone()
+        self.spool_id, self.run_id, self.sampler_id = row
 
     def append(self, payload: bytes) -> int:
         """The group's seq, once it is on disk."""
@@ -133,7 +138,7 @@ class SpoolFile:
             if db.execute("PRAGMA user_version").fetchone()[0] == 0:
                 with db:
                     db.executescript("BEGIN;" + _SCHEMA)
-                    db.execute("INSERT INTO meta VALUES (?, '')", (str(uuid.uuid4()),))
+                    db.execute("INSERT INTO meta VALUES (?, '', '')", (str(uuid.uuid4()),))
                     db.execute(f"PRAGMA user_version = {_FORMAT}")
                 sync_directory(self._path.parent)
             if (found := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
@@ -141,6 +146,8 @@ class SpoolFile:
             tables = "SELECT COUNT(*) FROM sqlite_master WHERE name IN ('meta', 'groups', 'sqlite_sequence')"
             if db.execute(tables).fetchone()[0] < 3 or db.execute("SELECT COUNT(*) FROM meta").fetchone()[0] != 1:
                 raise sqlite3.DatabaseError("a table is missing")
+            if not db.execute("SELECT 1 FROM pragma_table_info('meta') WHERE name = 'sampler_id'").fetchone():
+                db.execute("ALTER TABLE meta ADD COLUMN sampler_id TEXT NOT NULL DEFAULT ''")  # of an earlier release
         except BaseException:
             db.close()
             raise
@@ -151,7 +158,8 @@ class SpoolFile:
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.close()
         kept = self._rename(reason)
-        _log.warning("spool_set_aside", kept=kept, run_id=self.run_id, groups=groups, bytes=size)
+        found = {"run_id": self.run_id, "sampler_id": self.sampler_id, "groups": groups, "bytes": size}
+        _log.warning("spool_set_aside", kept=kept, **found)
 
     def _rename(self, reason: str) -> Path:
         kept = self._path.with_name(f"{self._path.stem}.{reason}.{time.time_ns()}{self._path.suffix}")

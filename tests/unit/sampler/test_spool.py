@@ -48,12 +48,12 @@ async def test_leasing_stops_at_80_percent_and_generating_at_100(tmp_path: Path)
 
 async def test_the_spool_of_another_run_is_set_aside_and_kept(tmp_path: Path) -> None:
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
-    await spool.bind("first")
+    await spool.bind("first", "eu-1")
     await spool.append(b"of the first run")
     old_id = spool.spool_id
-    await spool.bind("first")
+    await spool.bind("first", "eu-1")
     assert (spool.spool_id, spool.groups) == (old_id, 1)
-    await spool.bind("second")
+    await spool.bind("second", "eu-1")
     assert spool.spool_id != old_id
     assert spool.groups == 0
     assert await spool.append(b"of the second run") == 1
@@ -155,7 +155,7 @@ async def test_a_disk_that_fails_is_not_written_to_again(tmp_path: Path) -> None
 
 async def test_a_disk_too_full_to_forget_keeps_the_groups_until_they_are_forgotten_later(tmp_path: Path) -> None:
     spool = await Spool.open(tmp_path / "spool.db", 10)
-    await spool.bind("run")
+    await spool.bind("run", "eu-1")
     await spool.append(b"more than all its room")
     failpoints.arm("spool.before_delete_commit=2*error(DiskFullError)->off")
     try:
@@ -172,6 +172,34 @@ async def test_a_disk_too_full_to_forget_keeps_the_groups_until_they_are_forgott
     await spool.close()
 
 
+async def test_the_spool_of_another_sampler_is_set_aside_and_kept(tmp_path: Path) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
+    await spool.bind("run", "eu-1")
+    await spool.append(b"for a lease of eu-1")
+    old_id = spool.spool_id
+    await spool.bind("run", "eu-2")
+    assert (spool.groups, spool.spool_id == old_id) == (0, False)
+    await spool.close()
+    assert _set_aside(tmp_path, "sampler-eu-1").is_file()
+
+
+async def test_a_spool_of_a_release_that_did_not_name_its_sampler_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "spool.db"
+    spool = await Spool.open(path, 1 << 20)
+    await spool.bind("run", "eu-1")
+    await spool.append(b"payload")
+    old_id = spool.spool_id
+    await spool.close()
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE meta DROP COLUMN sampler_id")
+    database.close()
+    for sampler_id, groups in (("eu-2", 1), ("eu-2", 1), ("eu-3", 0)):
+        spool = await Spool.open(path, 1 << 20)
+        await spool.bind("run", sampler_id)
+        assert (spool.groups, spool.spool_id == old_id) == (groups, groups == 1)
+        await spool.close()
+
+
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE])
 def test_a_refused_write_is_tried_again_and_a_failed_fsync_is_not(code: int) -> None:
     refused = sqlite3.OperationalError("disk I/O error")
@@ -183,7 +211,7 @@ def test_a_refused_write_is_tried_again_and_a_failed_fsync_is_not(code: int) -> 
 
 async def test_a_disk_too_full_to_forget_keeps_the_groups_until_the_next_acknowledgement(tmp_path: Path) -> None:
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
-    await spool.bind("run")
+    await spool.bind("run", "eu-1")
     for number in range(3):
         await spool.append(b"group %d" % number)
     failpoints.arm("spool.before_delete_commit=1*error(DiskFullError)->off")
@@ -199,9 +227,9 @@ async def test_a_disk_too_full_to_forget_keeps_the_groups_until_the_next_acknowl
 
 async def test_registering_again_writes_nothing(tmp_path: Path) -> None:
     spool = await Spool.open(tmp_path / "spool.db", 1 << 20)
-    await spool.bind("run")
+    await spool.bind("run", "eu-1")
     spool._file._db.execute("PRAGMA query_only = ON")
-    await spool.bind("run")
+    await spool.bind("run", "eu-1")
     assert spool.run_id == "run"
     await spool.close()
 
