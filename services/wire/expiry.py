@@ -35,7 +35,6 @@ async def tell_of_expiry(files: TlsFiles | None, *, rotates: bool = False, clock
                 certificate=files.certificate,
                 expires=expires.isoformat(),
                 days_left=left.days,
-                restart_after_renewal=not rotates,
             )
         until_end = left if left > timedelta(0) else _AGAIN
         await asyncio.sleep(min(_AGAIN, until_end).total_seconds())
