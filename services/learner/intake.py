@@ -247,8 +247,8 @@ class Intake:
         return self._admit(draft, arrival, inspected)
 
     def _again(self, arrival: Arrival, first: First | None) -> Verdict:
-        """A seq that came before. With another group it is of a sampler that counts anew within an old spool: to call that
-        a duplicate of what was accepted would lose all of its work without a word."""
+        """A seq that came before. With another group it is of a sampler that counts anew within an old spool: to call
+        that a duplicate of what was accepted would lose all of its work without a word."""
         envelope = arrival.envelope
         if first is not None and _is_other(envelope, first.content_sha256):
             sampler = self._sessions.find(arrival.sampler_id)
