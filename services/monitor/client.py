@@ -10,7 +10,7 @@ import grpc
 
 from heterorl.v1 import monitor_pb2, monitor_pb2_grpc
 from services.runtime.address import parse_target
-from services.runtime.errors import HeteroRLError, UnavailableError
+from services.runtime.errors import HeteroRLError, MismatchError, UnavailableError
 from services.wire.channel import open_channel
 from services.wire.credentials import channel_credentials
 from services.wire.errors import from_rpc_error
@@ -66,6 +66,8 @@ async def answer_to(target: str, call: Callable[[float], Awaitable[_T]], timeout
 
 def unanswered(target: str, error: grpc.aio.AioRpcError) -> HeteroRLError:
     """The error of a failed call; silence gets a sentence that names who is silent, and gRPC's reason if it has one."""
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return MismatchError(f"{target} answers, and is no learner of this version: is it a relay or an older learner?")
     if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return from_rpc_error(error)
     reason = error.details() if error.code() is grpc.StatusCode.UNAVAILABLE else None

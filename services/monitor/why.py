@@ -20,8 +20,8 @@ def _standstill(status: monitor_pb2.RunStatus) -> list[str]:
         return ["the run is paused by an operator: `heterorl admin resume` goes on"]
     if not status.samplers:
         return [
-            f"no sampler has registered since the learner started {status.uptime_s:.0f} s ago: those that it had come back "
-            "by themselves, a new one starts with `heterorl sampler --learner HOST:PORT`"
+            f"no sampler has registered since the learner started {status.uptime_s:.0f} s ago: those that it had come "
+            "back by themselves, a new one starts with `heterorl sampler --learner HOST:PORT`"
         ]
     if not live:
         return [f"all {len(status.samplers)} samplers are lost: the learner waits for one to come back"]
