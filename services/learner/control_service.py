@@ -7,6 +7,7 @@ import grpc
 
 from heterorl.v1 import control_pb2, control_pb2_grpc, types_pb2
 from services.learner.data_plane import DataPlane
+from services.learner.published import Origin
 from services.learner.sessions import Sampler
 from services.runtime.errors import BadInputError, MismatchError
 from services.runtime.log import get_logger
@@ -27,7 +28,7 @@ _log = get_logger("learner.control")
 
 _MOST_WAIT_S = 20.0
 _PAUSE_WAIT_S = 1.0
-"""How long a call is held that gets nothing because of a pause: its end must be noticed soon."""
+"""How long a call is held that gets nothing whatever comes back: the end of that must be noticed soon."""
 _MOST_LEASES = 4096
 
 _Register = grpc.aio.ServicerContext[control_pb2.RegisterRequest, control_pb2.RegisterResponse]
@@ -137,8 +138,19 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 return "draining"
             case Directive.PAUSE:
                 return "paused"
+            case Directive.CONTINUE if sampler.quarantined:
+                return "paused"
             case Directive.CONTINUE:
-                return "paused" if sampler.quarantined else ""
+                return "" if self._holds_known_weights(sampler) else "weights"
+
+    def _holds_known_weights(self, sampler: Sampler) -> bool:
+        """False while it holds a version that this learner, restored from an older checkpoint, has not made: groups of
+        it would be refused, and in the end put the sampler into quarantine."""
+        report = sampler.report
+        if report is None or not report.policy_root:
+            return True
+        origin = self._plane.versions.origin(report.policy_version, report.policy_root)
+        return origin in (Origin.PUBLISHED, Origin.FORGOTTEN)
 
 
 def check_session(plane: DataPlane, context: CallFacts, message: types_pb2.Session) -> tuple[Session, Sampler]:

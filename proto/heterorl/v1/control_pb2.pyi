@@ -470,7 +470,7 @@ class LeasePromptsResponse(google.protobuf.message.Message):
     LEASES_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """Why there are none: "pacing", "paused", "draining", "no_prompts"; empty when there are some."""
+    """Why there are none: "pacing", "paused", "draining", "no_prompts", "weights"; empty when there are some."""
     @property
     def leases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Lease]:
         """Possibly none."""

@@ -133,11 +133,13 @@ class SamplerOfTests:
             )
         )
 
-    async def heartbeat(self, leases: list[Lease], version: int = 0) -> control_pb2.HeartbeatResponse:
+    async def heartbeat(
+        self, leases: list[Lease], version: int = 0, policy_root: str = ""
+    ) -> control_pb2.HeartbeatResponse:
         report = SamplerReport(
             state=SamplerState.GENERATING,
             policy_version=version,
-            policy_root="",
+            policy_root=policy_root,
             lease_ids=tuple(lease.lease_id for lease in leases),
         )
         return await self.control.Heartbeat(to_heartbeat(self.session, report))

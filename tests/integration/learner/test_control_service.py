@@ -92,6 +92,17 @@ async def test_a_prompt_that_is_too_long_is_never_granted_again(tmp_path: Path) 
         assert first[0].prompt.prompt_id not in seen
 
 
+async def test_a_sampler_with_weights_that_a_restored_learner_has_not_made_gets_no_leases(tmp_path: Path) -> None:
+    async with running_learner(tmp_path) as learner, sampler(learner) as one:
+        for version in (0, 1):
+            await learner.plane.advance(version, root(version))
+        for version, held in ((9, root(9)), (1, root(9))):
+            await one.heartbeat([], version, held)
+            assert (await one.lease_response(1, version=version)).reason == "weights"
+        await one.heartbeat([], 1, root(1))
+        assert len(await one.lease(1)) == 1
+
+
 async def test_pause_drain_and_evict_reach_the_sampler(tmp_path: Path) -> None:
     async with running_learner(tmp_path) as learner, sampler(learner) as one:
         sessions = learner.plane.sessions
