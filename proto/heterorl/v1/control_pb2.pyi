@@ -103,11 +103,11 @@ class RegisterRequest(google.protobuf.message.Message):
     hostname: builtins.str
     """Host name, for people."""
     spool_id: builtins.str
-    """Names the spool file (a UUID made with it). Sequence numbers count within one spool."""
+    """Names the spool file (a UUID made with it; at most 64 characters). Sequence numbers count within one spool."""
     last_run_id: builtins.str
     """Run that the sampler last worked for; empty for none. Another run's spool is never submitted."""
     model_files_sha256: builtins.str
-    """SHA-256 over the model files that the sampler overrides locally; empty when it takes them from the learner."""
+    """RunSettings.model_files_sha256 of the files that the sampler overrides locally; empty when it takes the learner's."""
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Optional abilities, by name. Unknown names are ignored."""
@@ -200,7 +200,7 @@ class RunSettings(google.protobuf.message.Message):
     SYSTEM_PROMPT_FIELD_NUMBER: builtins.int
     MANIFEST_PUBLIC_KEY_FIELD_NUMBER: builtins.int
     model_files_sha256: builtins.str
-    """SHA-256 over the sorted (name, object id) of model_files."""
+    """SHA-256, in lower-case hex, over the sorted lines NAME, blank, OBJECT_ID, line feed (0x0a) of model_files."""
     vocab_size: builtins.int
     """Number of token ids; a token id at or above it is invalid."""
     weights_dtype: builtins.str
@@ -311,7 +311,7 @@ class HeartbeatRequest(google.protobuf.message.Message):
     weights_bytes_received: builtins.int
     """Bytes of weight objects received since this process started."""
     tokens_per_s: builtins.float
-    """Recent generation speed, completion tokens per second."""
+    """Recent generation speed, completion tokens per second. What is not finite, or below 0, counts as 0; so for the next two."""
     last_swap_pause_ms: builtins.float
     """Last swap's pause of generation, in milliseconds."""
     engine_restarts: builtins.int
@@ -324,7 +324,7 @@ class HeartbeatRequest(google.protobuf.message.Message):
 
     @property
     def lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Leases that it still works on: these are renewed; others of this session are free to be granted again."""
+        """Leases that it still works on, at most 16,384: these are renewed; others run out, and go to others then."""
 
     @property
     def fetch(self) -> Global___FetchProgress:
@@ -437,9 +437,9 @@ class LeasePromptsRequest(google.protobuf.message.Message):
     WAIT_MS_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     max_leases: builtins.int
-    """Upper bound of leases to grant; >= 1."""
+    """Upper bound of leases to grant; >= 1. The learner grants at most 4,096 at once, and 3 MiB of prompts."""
     wait_ms: builtins.int
-    """How long the learner may hold the call when it has none to give, in milliseconds; at most 20,000."""
+    """How long the learner may hold the call when it has none to give, in milliseconds; above 20,000 counts as 20,000."""
     policy_version: builtins.int
     """Version that the sampler would generate with: the learner grants nothing that would arrive stale."""
     @property
@@ -585,7 +585,7 @@ class ReleaseLeasesRequest(google.protobuf.message.Message):
 
     @property
     def lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Leases to give back."""
+        """Leases to give back, at most 16,384 in a call."""
 
     def __init__(
         self,

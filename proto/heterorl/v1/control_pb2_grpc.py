@@ -63,7 +63,8 @@ class ControlServiceServicer(object):
 
     def Register(self, request, context):
         """Opens a session and returns everything a sampler must agree on. The newest registration of a sampler id wins.
-        Errors: FAILED_PRECONDITION (protocol, tokenizer or config differ; exit 78), PERMISSION_DENIED (id is not the certificate's).
+        Errors: FAILED_PRECONDITION (protocol, tokenizer or config differ; exit 78), PERMISSION_DENIED (id is not the
+        certificate's, or was evicted), INVALID_ARGUMENT (no id, or a spool id that is too long).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +72,8 @@ class ControlServiceServicer(object):
 
     def Heartbeat(self, request, context):
         """Keeps the session and its leases alive, reports the sampler's state, and carries directives back.
-        Errors: ABORTED (fenced or learner restarted: register again or exit).
+        Errors: ABORTED (fenced or learner restarted: register again or exit), INVALID_ARGUMENT (unknown state, too many
+        leases).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +89,7 @@ class ControlServiceServicer(object):
 
     def ReleaseLeases(self, request, context):
         """Gives leases back without a result (drain, or a group that could not be generated or scored).
-        Unknown leases are ignored: releasing twice is safe. Errors: ABORTED.
+        Unknown leases are ignored: releasing twice is safe. Errors: ABORTED, INVALID_ARGUMENT (too many leases).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -29,11 +29,13 @@ class ControlServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> ControlServiceAsyncStub: ...
     Register: grpc.UnaryUnaryMultiCallable[heterorl.v1.control_pb2.RegisterRequest, heterorl.v1.control_pb2.RegisterResponse]
     """Opens a session and returns everything a sampler must agree on. The newest registration of a sampler id wins.
-    Errors: FAILED_PRECONDITION (protocol, tokenizer or config differ; exit 78), PERMISSION_DENIED (id is not the certificate's).
+    Errors: FAILED_PRECONDITION (protocol, tokenizer or config differ; exit 78), PERMISSION_DENIED (id is not the
+    certificate's, or was evicted), INVALID_ARGUMENT (no id, or a spool id that is too long).
     """
     Heartbeat: grpc.UnaryUnaryMultiCallable[heterorl.v1.control_pb2.HeartbeatRequest, heterorl.v1.control_pb2.HeartbeatResponse]
     """Keeps the session and its leases alive, reports the sampler's state, and carries directives back.
-    Errors: ABORTED (fenced or learner restarted: register again or exit).
+    Errors: ABORTED (fenced or learner restarted: register again or exit), INVALID_ARGUMENT (unknown state, too many
+    leases).
     """
     LeasePrompts: grpc.UnaryUnaryMultiCallable[heterorl.v1.control_pb2.LeasePromptsRequest, heterorl.v1.control_pb2.LeasePromptsResponse]
     """Grants prompts to work on. Waits up to wait_ms for one to become available; an empty answer is not an error.
@@ -41,7 +43,7 @@ class ControlServiceStub:
     """
     ReleaseLeases: grpc.UnaryUnaryMultiCallable[heterorl.v1.control_pb2.ReleaseLeasesRequest, heterorl.v1.control_pb2.ReleaseLeasesResponse]
     """Gives leases back without a result (drain, or a group that could not be generated or scored).
-    Unknown leases are ignored: releasing twice is safe. Errors: ABORTED.
+    Unknown leases are ignored: releasing twice is safe. Errors: ABORTED, INVALID_ARGUMENT (too many leases).
     """
 
 @typing.type_check_only
@@ -51,11 +53,13 @@ class ControlServiceAsyncStub(ControlServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     Register: grpc.aio.UnaryUnaryMultiCallable[heterorl.v1.control_pb2.RegisterRequest, heterorl.v1.control_pb2.RegisterResponse]  # type: ignore[assignment]
     """Opens a session and returns everything a sampler must agree on. The newest registration of a sampler id wins.
-    Errors: FAILED_PRECONDITION (protocol, tokenizer or config differ; exit 78), PERMISSION_DENIED (id is not the certificate's).
+    Errors: FAILED_PRECONDITION (protocol, tokenizer or config differ; exit 78), PERMISSION_DENIED (id is not the
+    certificate's, or was evicted), INVALID_ARGUMENT (no id, or a spool id that is too long).
     """
     Heartbeat: grpc.aio.UnaryUnaryMultiCallable[heterorl.v1.control_pb2.HeartbeatRequest, heterorl.v1.control_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Keeps the session and its leases alive, reports the sampler's state, and carries directives back.
-    Errors: ABORTED (fenced or learner restarted: register again or exit).
+    Errors: ABORTED (fenced or learner restarted: register again or exit), INVALID_ARGUMENT (unknown state, too many
+    leases).
     """
     LeasePrompts: grpc.aio.UnaryUnaryMultiCallable[heterorl.v1.control_pb2.LeasePromptsRequest, heterorl.v1.control_pb2.LeasePromptsResponse]  # type: ignore[assignment]
     """Grants prompts to work on. Waits up to wait_ms for one to become available; an empty answer is not an error.
@@ -63,7 +67,7 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """
     ReleaseLeases: grpc.aio.UnaryUnaryMultiCallable[heterorl.v1.control_pb2.ReleaseLeasesRequest, heterorl.v1.control_pb2.ReleaseLeasesResponse]  # type: ignore[assignment]
     """Gives leases back without a result (drain, or a group that could not be generated or scored).
-    Unknown leases are ignored: releasing twice is safe. Errors: ABORTED.
+    Unknown leases are ignored: releasing twice is safe. Errors: ABORTED, INVALID_ARGUMENT (too many leases).
     """
 
 class ControlServiceServicer(metaclass=abc.ABCMeta):
@@ -76,7 +80,8 @@ class ControlServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[heterorl.v1.control_pb2.RegisterResponse, collections.abc.Awaitable[heterorl.v1.control_pb2.RegisterResponse]]:
         """Opens a session and returns everything a sampler must agree on. The newest registration of a sampler id wins.
-        Errors: FAILED_PRECONDITION (protocol, tokenizer or config differ; exit 78), PERMISSION_DENIED (id is not the certificate's).
+        Errors: FAILED_PRECONDITION (protocol, tokenizer or config differ; exit 78), PERMISSION_DENIED (id is not the
+        certificate's, or was evicted), INVALID_ARGUMENT (no id, or a spool id that is too long).
         """
 
     @abc.abstractmethod
@@ -86,7 +91,8 @@ class ControlServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[heterorl.v1.control_pb2.HeartbeatResponse, collections.abc.Awaitable[heterorl.v1.control_pb2.HeartbeatResponse]]:
         """Keeps the session and its leases alive, reports the sampler's state, and carries directives back.
-        Errors: ABORTED (fenced or learner restarted: register again or exit).
+        Errors: ABORTED (fenced or learner restarted: register again or exit), INVALID_ARGUMENT (unknown state, too many
+        leases).
         """
 
     @abc.abstractmethod
@@ -106,7 +112,7 @@ class ControlServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[heterorl.v1.control_pb2.ReleaseLeasesResponse, collections.abc.Awaitable[heterorl.v1.control_pb2.ReleaseLeasesResponse]]:
         """Gives leases back without a result (drain, or a group that could not be generated or scored).
-        Unknown leases are ignored: releasing twice is safe. Errors: ABORTED.
+        Unknown leases are ignored: releasing twice is safe. Errors: ABORTED, INVALID_ARGUMENT (too many leases).
         """
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -104,7 +104,7 @@ class WatchStatusRequest(google.protobuf.message.Message):
 
     INTERVAL_MS_FIELD_NUMBER: builtins.int
     interval_ms: builtins.int
-    """Shortest time between two messages, in milliseconds; 0 means 1,000."""
+    """Shortest time between two messages, in milliseconds; 0 means 1,000, and 1 to 99 mean 100."""
     def __init__(
         self,
         *,
@@ -489,7 +489,7 @@ class SamplerStatus(google.protobuf.message.Message):
     """Estimate of KL(q‖p) per token between its distribution and the trainer's at staleness 0, in nats; 0 when not measured."""
     @property
     def report(self) -> heterorl.v1.control_pb2.HeartbeatRequest:
-        """Its last heartbeat."""
+        """Its last heartbeat, without the leases that it named."""
 
     def __init__(
         self,

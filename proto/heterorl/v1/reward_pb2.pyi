@@ -117,7 +117,7 @@ class CompletionScore(google.protobuf.message.Message):
     STATUS_FIELD_NUMBER: builtins.int
     GRADER_SCORES_FIELD_NUMBER: builtins.int
     reward: builtins.float
-    """Weighted sum; meaningful unless the status is INFRASTRUCTURE_FAILURE."""
+    """Weighted sum, at most 1e12 either way; meaningful unless the status is INFRASTRUCTURE_FAILURE."""
     extracted: builtins.str
     """What the grader took for the answer; empty when it found none."""
     reason: builtins.str
@@ -128,7 +128,7 @@ class CompletionScore(google.protobuf.message.Message):
     """Whether the score may be used."""
     @property
     def grader_scores(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
-        """Each grader's own score, by name."""
+        """Each grader's own score, by name; the second of a name is NAME#2."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class ScoreGroupsRequest(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     REQUEST_FIELD_NUMBER: builtins.int
     request_id: builtins.int
-    """Chosen by the caller, returned with the answer."""
+    """Chosen by the caller, returned with the answer. The service does not compare them."""
     @property
     def request(self) -> Global___ScoreGroupRequest:
         """The request."""

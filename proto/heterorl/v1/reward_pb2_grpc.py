@@ -53,7 +53,8 @@ class RewardServiceServicer(object):
 
     def ScoreGroup(self, request, context):
         """Scores the completions of one prompt.
-        Errors: INVALID_ARGUMENT (unknown grader, bad options, answer that cannot be graded), RESOURCE_EXHAUSTED (queue full).
+        Errors: INVALID_ARGUMENT (unknown grader, bad options, answer that cannot be graded, more than 8,192 completions),
+        RESOURCE_EXHAUSTED (queue full: send later).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -29,7 +29,8 @@ class RewardServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> RewardServiceAsyncStub: ...
     ScoreGroup: grpc.UnaryUnaryMultiCallable[heterorl.v1.reward_pb2.ScoreGroupRequest, heterorl.v1.reward_pb2.ScoreGroupResponse]
     """Scores the completions of one prompt.
-    Errors: INVALID_ARGUMENT (unknown grader, bad options, answer that cannot be graded), RESOURCE_EXHAUSTED (queue full).
+    Errors: INVALID_ARGUMENT (unknown grader, bad options, answer that cannot be graded, more than 8,192 completions),
+    RESOURCE_EXHAUSTED (queue full: send later).
     """
     ScoreGroups: grpc.StreamStreamMultiCallable[heterorl.v1.reward_pb2.ScoreGroupsRequest, heterorl.v1.reward_pb2.ScoreGroupsResponse]
     """The same as a stream: answers come as they are ready and carry the request's id."""
@@ -41,7 +42,8 @@ class RewardServiceAsyncStub(RewardServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     ScoreGroup: grpc.aio.UnaryUnaryMultiCallable[heterorl.v1.reward_pb2.ScoreGroupRequest, heterorl.v1.reward_pb2.ScoreGroupResponse]  # type: ignore[assignment]
     """Scores the completions of one prompt.
-    Errors: INVALID_ARGUMENT (unknown grader, bad options, answer that cannot be graded), RESOURCE_EXHAUSTED (queue full).
+    Errors: INVALID_ARGUMENT (unknown grader, bad options, answer that cannot be graded, more than 8,192 completions),
+    RESOURCE_EXHAUSTED (queue full: send later).
     """
     ScoreGroups: grpc.aio.StreamStreamMultiCallable[heterorl.v1.reward_pb2.ScoreGroupsRequest, heterorl.v1.reward_pb2.ScoreGroupsResponse]  # type: ignore[assignment]
     """The same as a stream: answers come as they are ready and carry the request's id."""
@@ -56,7 +58,8 @@ class RewardServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[heterorl.v1.reward_pb2.ScoreGroupResponse, collections.abc.Awaitable[heterorl.v1.reward_pb2.ScoreGroupResponse]]:
         """Scores the completions of one prompt.
-        Errors: INVALID_ARGUMENT (unknown grader, bad options, answer that cannot be graded), RESOURCE_EXHAUSTED (queue full).
+        Errors: INVALID_ARGUMENT (unknown grader, bad options, answer that cannot be graded, more than 8,192 completions),
+        RESOURCE_EXHAUSTED (queue full: send later).
         """
 
     @abc.abstractmethod

@@ -55,7 +55,7 @@ class _VerdictCodeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     VERDICT_CODE_ACCEPTED: _VerdictCode.ValueType  # 1
     """In the journal and the buffer."""
     VERDICT_CODE_DUPLICATE: _VerdictCode.ValueType  # 2
-    """Came before; `first` holds the first verdict."""
+    """Came before, with this seq or this group id; `first` holds the first verdict."""
     VERDICT_CODE_STALE: _VerdictCode.ValueType  # 3
     """Older than max_staleness already."""
     VERDICT_CODE_FUTURE_VERSION: _VerdictCode.ValueType  # 4
@@ -75,7 +75,7 @@ VERDICT_CODE_UNSPECIFIED: VerdictCode.ValueType  # 0
 VERDICT_CODE_ACCEPTED: VerdictCode.ValueType  # 1
 """In the journal and the buffer."""
 VERDICT_CODE_DUPLICATE: VerdictCode.ValueType  # 2
-"""Came before; `first` holds the first verdict."""
+"""Came before, with this seq or this group id; `first` holds the first verdict."""
 VERDICT_CODE_STALE: VerdictCode.ValueType  # 3
 """Older than max_staleness already."""
 VERDICT_CODE_FUTURE_VERSION: VerdictCode.ValueType  # 4
@@ -130,9 +130,9 @@ class SubmitHello(google.protobuf.message.Message):
     SPOOL_ID_FIELD_NUMBER: builtins.int
     FIRST_SEQ_FIELD_NUMBER: builtins.int
     spool_id: builtins.str
-    """The spool whose sequence numbers follow."""
+    """The spool whose sequence numbers follow; 1 to 64 characters."""
     first_seq: builtins.int
-    """Lowest seq still in the spool; 0 when it is empty."""
+    """Lowest seq still in the spool; 0 when it is empty. For people: the learner goes by what it has."""
     @property
     def session(self) -> heterorl.v1.types_pb2.Session:
         """The session."""
@@ -162,9 +162,9 @@ class GroupEnvelope(google.protobuf.message.Message):
     CONTENT_SHA256_FIELD_NUMBER: builtins.int
     PAYLOAD_FIELD_NUMBER: builtins.int
     seq: builtins.int
-    """Position in the spool, from 1, without gaps."""
+    """Position in the spool, from 1 to 2^62, without gaps. Never of two groups, whatever restarts in between."""
     group_id: builtins.str
-    """UUIDv7 of the group."""
+    """UUIDv7 of the group. Refused: anything but 1 to 64 printable ASCII characters that do not begin with "!"."""
     content_sha256: builtins.bytes
     """SHA-256 (32 bytes) of payload."""
     payload: builtins.bytes
@@ -209,7 +209,7 @@ class ScoredGroup(google.protobuf.message.Message):
     policy_version: builtins.int
     """Policy version that wrote the tokens (the oldest, when weights were swapped in flight)."""
     policy_root: builtins.str
-    """Root digest of that version."""
+    """Root digest of that version: lower-case hex, as announced."""
     generation_s: builtins.float
     """Time spent generating, in seconds."""
     scoring_s: builtins.float
@@ -217,16 +217,16 @@ class ScoredGroup(google.protobuf.message.Message):
     eval_round: builtins.int
     """The evaluation round; 0 for training."""
     temperature: builtins.float
-    """Sampling temperature that was used."""
+    """Sampling temperature that was used: that of the settings for the lease's purpose."""
     seed: builtins.int
     """Seed that was used."""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The prompt's token ids."""
+        """The prompt's token ids: 1 to RunSettings.max_prompt_tokens of them, each below vocab_size."""
 
     @property
     def completions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Completion]:
-        """The G completions."""
+        """The G completions: exactly the lease's group_size."""
 
     def __init__(
         self,
@@ -279,24 +279,26 @@ class Completion(google.protobuf.message.Message):
     VERSION_SPANS_FIELD_NUMBER: builtins.int
     GRADER_SCORES_FIELD_NUMBER: builtins.int
     reward: builtins.float
-    """Weighted sum of the graders."""
+    """Weighted sum of the graders: finite, and at most 1e12 either way."""
     finish_reason: Global___FinishReason.ValueType
     """Why it ended."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Token ids, the end-of-sequence token included."""
+        """Token ids, the end-of-sequence token included: 1 to the settings' max_completion_tokens of them."""
 
     @property
     def sampler_logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Log-prob of each token under the distribution that it was drawn from; natural logarithm, <= 0."""
+        """Log-prob of each token under the distribution that it was drawn from; natural logarithm, finite, <= 0."""
 
     @property
     def version_spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
-        """Spans of tokens written under one version each; empty when one version wrote all."""
+        """Spans of tokens written under one version each; empty when one version wrote all. They cover all tokens, and their
+        versions never fall, from the group's own on.
+        """
 
     @property
     def grader_scores(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
-        """Each grader's own score, by name."""
+        """Each grader's own score, by name; bounds as of reward."""
 
     def __init__(
         self,
@@ -455,7 +457,7 @@ class Verdict(google.protobuf.message.Message):
     code: Global___VerdictCode.ValueType
     """What became of it."""
     reason: builtins.str
-    """A constant such as "LOGPROB_POSITIVE" or "ID_REUSE"; empty when there is nothing to say."""
+    """A constant such as "LOGPROB_POSITIVE" or "ID_REUSE" (docs/protocol.md has all); empty when there is nothing to say."""
     first: Global___VerdictCode.ValueType
     """The first verdict, for DUPLICATE."""
     def __init__(

@@ -50,7 +50,9 @@ class RolloutServiceServicer(object):
 
     def SubmitGroups(self, request_iterator, context):
         """First Hello, then groups in order of seq; the learner answers Welcome, then Acks.
-        Errors: ABORTED (fenced), INVALID_ARGUMENT (no Hello first), DEADLINE_EXCEEDED (no Hello within 10 s).
+        Errors: ABORTED (fenced, or learner restarted), INVALID_ARGUMENT (no Hello first, or something else than groups after
+        it), DEADLINE_EXCEEDED (no Hello within 10 s), FAILED_PRECONDITION (a spool of another run), RESOURCE_EXHAUSTED (the
+        learner's disk is full: come later; or a message over 4 MiB).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -31,7 +31,9 @@ class RolloutServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> RolloutServiceAsyncStub: ...
     SubmitGroups: grpc.StreamStreamMultiCallable[heterorl.v1.rollouts_pb2.SubmitGroupsRequest, heterorl.v1.rollouts_pb2.SubmitGroupsResponse]
     """First Hello, then groups in order of seq; the learner answers Welcome, then Acks.
-    Errors: ABORTED (fenced), INVALID_ARGUMENT (no Hello first), DEADLINE_EXCEEDED (no Hello within 10 s).
+    Errors: ABORTED (fenced, or learner restarted), INVALID_ARGUMENT (no Hello first, or something else than groups after
+    it), DEADLINE_EXCEEDED (no Hello within 10 s), FAILED_PRECONDITION (a spool of another run), RESOURCE_EXHAUSTED (the
+    learner's disk is full: come later; or a message over 4 MiB).
     """
 
 @typing.type_check_only
@@ -43,7 +45,9 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     SubmitGroups: grpc.aio.StreamStreamMultiCallable[heterorl.v1.rollouts_pb2.SubmitGroupsRequest, heterorl.v1.rollouts_pb2.SubmitGroupsResponse]  # type: ignore[assignment]
     """First Hello, then groups in order of seq; the learner answers Welcome, then Acks.
-    Errors: ABORTED (fenced), INVALID_ARGUMENT (no Hello first), DEADLINE_EXCEEDED (no Hello within 10 s).
+    Errors: ABORTED (fenced, or learner restarted), INVALID_ARGUMENT (no Hello first, or something else than groups after
+    it), DEADLINE_EXCEEDED (no Hello within 10 s), FAILED_PRECONDITION (a spool of another run), RESOURCE_EXHAUSTED (the
+    learner's disk is full: come later; or a message over 4 MiB).
     """
 
 class RolloutServiceServicer(metaclass=abc.ABCMeta):
@@ -58,7 +62,9 @@ class RolloutServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[heterorl.v1.rollouts_pb2.SubmitGroupsResponse], collections.abc.AsyncIterator[heterorl.v1.rollouts_pb2.SubmitGroupsResponse]]:
         """First Hello, then groups in order of seq; the learner answers Welcome, then Acks.
-        Errors: ABORTED (fenced), INVALID_ARGUMENT (no Hello first), DEADLINE_EXCEEDED (no Hello within 10 s).
+        Errors: ABORTED (fenced, or learner restarted), INVALID_ARGUMENT (no Hello first, or something else than groups after
+        it), DEADLINE_EXCEEDED (no Hello within 10 s), FAILED_PRECONDITION (a spool of another run), RESOURCE_EXHAUSTED (the
+        learner's disk is full: come later; or a message over 4 MiB).
         """
 
 def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -78,7 +78,7 @@ class Manifest(google.protobuf.message.Message):
     changed: builtins.int
     """Elements that changed against the version before."""
     model_files_sha256: builtins.str
-    """SHA-256 over the model files that belong to the weights."""
+    """RunSettings.model_files_sha256 of the model files that belong to the weights."""
     published_unix_ms: builtins.int
     """When it was published, Unix milliseconds, for people."""
     update_bytes: builtins.int
@@ -241,7 +241,7 @@ class GetPlanRequest(google.protobuf.message.Message):
     have_root: builtins.str
     """Root digest of the weights that the caller holds; empty for none."""
     have_version: builtins.int
-    """Their version, a hint for finding the root."""
+    """Their version. For people: the root alone is looked for."""
     want_version: builtins.int
     """Version wanted; 0 means the latest."""
     keyframe_only: builtins.bool
@@ -344,7 +344,7 @@ class FetchObjectRequest(google.protobuf.message.Message):
     offset: builtins.int
     """First byte wanted."""
     length: builtins.int
-    """Bytes wanted; 0 means to the end."""
+    """Bytes wanted; 0, and what goes beyond the end, mean to the end."""
     def __init__(
         self,
         *,

@@ -64,6 +64,7 @@ class WeightServiceServicer(object):
     def WatchPolicy(self, request, context):
         """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
         it tells of the next version's update while that is being made.
+        Errors, of each call that names a run: ABORTED (this server serves another).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +72,7 @@ class WeightServiceServicer(object):
 
     def GetPlan(self, request, context):
         """The objects, fewest bytes, that lead from what the caller has to a version.
-        Errors: NOT_FOUND (no such version; ask for 0, the latest).
+        Errors: NOT_FOUND (no such version; ask for 0, the latest), UNAVAILABLE (a keyframe is being made: ask again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,7 +80,8 @@ class WeightServiceServicer(object):
 
     def FetchObject(self, request, context):
         """Streams an object's bytes from an offset.
-        Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an object id).
+        Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an
+        object id), UNAVAILABLE (the receiver took nothing for 60 s).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

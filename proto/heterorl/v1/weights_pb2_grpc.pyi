@@ -30,14 +30,16 @@ class WeightServiceStub:
     WatchPolicy: grpc.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.WatchPolicyRequest, heterorl.v1.weights_pb2.WatchPolicyResponse]
     """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
     it tells of the next version's update while that is being made.
+    Errors, of each call that names a run: ABORTED (this server serves another).
     """
     GetPlan: grpc.UnaryUnaryMultiCallable[heterorl.v1.weights_pb2.GetPlanRequest, heterorl.v1.weights_pb2.GetPlanResponse]
     """The objects, fewest bytes, that lead from what the caller has to a version.
-    Errors: NOT_FOUND (no such version; ask for 0, the latest).
+    Errors: NOT_FOUND (no such version; ask for 0, the latest), UNAVAILABLE (a keyframe is being made: ask again).
     """
     FetchObject: grpc.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FetchObjectRequest, heterorl.v1.weights_pb2.FetchObjectResponse]
     """Streams an object's bytes from an offset.
-    Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an object id).
+    Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an
+    object id), UNAVAILABLE (the receiver took nothing for 60 s).
     """
     FollowUpdate: grpc.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FollowUpdateRequest, heterorl.v1.weights_pb2.FollowUpdateResponse]
     """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
@@ -53,14 +55,16 @@ class WeightServiceAsyncStub(WeightServiceStub):
     WatchPolicy: grpc.aio.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.WatchPolicyRequest, heterorl.v1.weights_pb2.WatchPolicyResponse]  # type: ignore[assignment]
     """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
     it tells of the next version's update while that is being made.
+    Errors, of each call that names a run: ABORTED (this server serves another).
     """
     GetPlan: grpc.aio.UnaryUnaryMultiCallable[heterorl.v1.weights_pb2.GetPlanRequest, heterorl.v1.weights_pb2.GetPlanResponse]  # type: ignore[assignment]
     """The objects, fewest bytes, that lead from what the caller has to a version.
-    Errors: NOT_FOUND (no such version; ask for 0, the latest).
+    Errors: NOT_FOUND (no such version; ask for 0, the latest), UNAVAILABLE (a keyframe is being made: ask again).
     """
     FetchObject: grpc.aio.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FetchObjectRequest, heterorl.v1.weights_pb2.FetchObjectResponse]  # type: ignore[assignment]
     """Streams an object's bytes from an offset.
-    Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an object id).
+    Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an
+    object id), UNAVAILABLE (the receiver took nothing for 60 s).
     """
     FollowUpdate: grpc.aio.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FollowUpdateRequest, heterorl.v1.weights_pb2.FollowUpdateResponse]  # type: ignore[assignment]
     """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
@@ -79,6 +83,7 @@ class WeightServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[heterorl.v1.weights_pb2.WatchPolicyResponse], collections.abc.AsyncIterator[heterorl.v1.weights_pb2.WatchPolicyResponse]]:
         """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
         it tells of the next version's update while that is being made.
+        Errors, of each call that names a run: ABORTED (this server serves another).
         """
 
     @abc.abstractmethod
@@ -88,7 +93,7 @@ class WeightServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[heterorl.v1.weights_pb2.GetPlanResponse, collections.abc.Awaitable[heterorl.v1.weights_pb2.GetPlanResponse]]:
         """The objects, fewest bytes, that lead from what the caller has to a version.
-        Errors: NOT_FOUND (no such version; ask for 0, the latest).
+        Errors: NOT_FOUND (no such version; ask for 0, the latest), UNAVAILABLE (a keyframe is being made: ask again).
         """
 
     @abc.abstractmethod
@@ -98,7 +103,8 @@ class WeightServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[heterorl.v1.weights_pb2.FetchObjectResponse], collections.abc.AsyncIterator[heterorl.v1.weights_pb2.FetchObjectResponse]]:
         """Streams an object's bytes from an offset.
-        Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an object id).
+        Errors: NOT_FOUND (collected: ask for a new plan), OUT_OF_RANGE (offset beyond the end), INVALID_ARGUMENT (not an
+        object id), UNAVAILABLE (the receiver took nothing for 60 s).
         """
 
     @abc.abstractmethod

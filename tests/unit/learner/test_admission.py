@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -61,6 +62,11 @@ FAULTY = {
     Fault.LOGPROB_POSITIVE: with_completion(GROUP, sampler_logprobs=(-1.0, 0.01, -1.0)),
     Fault.WRONG_TEMPERATURE: replace(GROUP, temperature=0.7),
 }
+
+
+def test_the_protocol_page_names_every_reason() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
+    assert [fault for fault in Fault if fault.value not in page] == []
 
 
 @pytest.mark.parametrize("fault", FAULTY)
