@@ -115,7 +115,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
 async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, state: RunState) -> Learner:
     """Loads, opens and restores everything; when it returns, a version is published and leases may be granted."""
     state_dir = config.run.state_dir
-    policy = await asyncio.to_thread(load_policy, config.policy)
+    policy = await asyncio.to_thread(load_policy, config.policy, config.data.system_prompt)
     # From the model directory again: a run that goes on from a checkpoint keeps the reference it began with.
     reference = await asyncio.to_thread(load_policy, config.policy) if config.loss.wants_reference else None
     checkpoints = Checkpoints(state_dir / "checkpoints", config.checkpoint.keep)

@@ -12,6 +12,7 @@ from services.learner.policy import Policy
 from services.learner.tensor_file import save_tensors
 from services.runtime.files import storage_errors, sync_directory
 from services.wire.delta import Weights
+from services.wire.model_layout import as_in_files
 from services.wire.torch_bits import to_torch
 
 SHARD_BYTES = 4 << 30
@@ -35,7 +36,8 @@ def export_policy(directory: Path, policy: Policy, weights: Weights, provenance:
     """Writes `directory` as a whole or not at all, in place of an earlier export; leaves one of the same root alone.
     Blocks. Raises StorageError, ConfigError where something else stands there.
 
-    `weights` are the bits of the final version: what every sampler generated with, under the same names.
+    `weights` are the bits of the final version: what every sampler generated with. Their names are those of the
+    family's published checkpoints.
     """
     with storage_errors(f"export the policy to {directory}"):
         if holds_export(directory, provenance.root):
@@ -45,7 +47,7 @@ def export_policy(directory: Path, policy: Policy, weights: Weights, provenance:
         try:
             for name, data in policy.files.items():
                 (temporary / name).write_bytes(_exported_config(data) if name == "config.json" else data)
-            _write_weights(temporary, weights)
+            _write_weights(temporary, as_in_files(policy.model, weights))
             (temporary / CARD_NAME).write_text(model_card(provenance))
             temporary.chmod(0o755)
             replace_export(directory, temporary)

@@ -16,6 +16,8 @@ from services.learner.policy import Policy
 _PROBE_TOKENS = 4
 _SAME = 1e-4
 """Largest difference of logits, in units of the largest logit, that rounding explains."""
+_LARGE = 100.0
+"""The probe's largest logit: a cap changes nothing in the small ones of a model that has learnt nothing yet."""
 
 
 class Forward:
@@ -66,8 +68,14 @@ class Forward:
             return None
         ids = torch.arange(_PROBE_TOKENS, device=self._policy.device)[None] % self._policy.vocab_size
         attention = torch.ones_like(ids)
-        logits = cast(Tensor, model(input_ids=ids, attention_mask=attention).logits).float()
         ours = (self._hidden(ids, attention) @ head.weight.t()).float()
+        factor = _LARGE / max(float(ours.abs().max()), torch.finfo(torch.float32).tiny)
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor,))
+        try:
+            logits = cast(Tensor, model(input_ids=ids, attention_mask=attention).logits).float()
+        finally:
+            hook.remove()
+        ours *= factor
         if ours.shape != logits.shape or float((ours - logits).abs().max()) > _SAME * float(logits.abs().max()):
             return None
         return head.weight

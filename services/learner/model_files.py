@@ -25,8 +25,8 @@ _FILES = (
 def read_model_files(directory: Path) -> dict[str, bytes]:
     """Config, tokenizer and chat template, by name.
 
-    Raises InputMissingError naming what the directory lacks, ConfigError for a tokenizer without chat template,
-    BadInputError for a config that is not JSON.
+    Raises InputMissingError naming what the directory lacks, ConfigError for a tokenizer without chat template, an
+    adapter and a quantized checkpoint, BadInputError for a config that is not JSON.
     """
     if not directory.is_dir():
         raise InputMissingError(
@@ -34,9 +34,12 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
         )
     with storage_errors(f"read {directory}"):
         files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
+    if (directory / "adapter_config.json").exists():
+        raise ConfigError(f"{directory} holds an adapter (LoRA): merge it into its base model first")
     if "config.json" not in files:
         raise InputMissingError(f"{directory} has no config.json: it is not a Hugging Face model directory")
-    _object(files["config.json"], directory / "config.json")
+    _check_not_quantized(_object(files["config.json"], directory / "config.json"), directory)
+    _object(files.get("generation_config.json", b"{}"), directory / "generation_config.json")
     if not any(directory.glob("*.safetensors")):
         hint = ": convert its .bin files, pickles are not read" if any(directory.glob("*.bin")) else ""
         raise InputMissingError(f"{directory} has no .safetensors weights{hint}")
@@ -45,6 +48,14 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
     if not _has_chat_template(files, directory):
         raise ConfigError(f"the tokenizer in {directory} has no chat template: add a chat_template.jinja")
     return files
+
+
+def _check_not_quantized(config: Mapping[str, object], directory: Path) -> None:
+    """Samplers and the export would take weights of full precision for quantized ones."""
+    of_text = config.get("text_config")
+    for part in (config, cast("Mapping[str, object]", of_text) if isinstance(of_text, dict) else {}):
+        if part.get("quantization_config"):
+            raise ConfigError(f"{directory} is a quantized checkpoint: set policy.path to the one that it was made of")
 
 
 def _has_chat_template(files: Mapping[str, bytes], directory: Path) -> bool:

@@ -13,12 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as transformers_logging
 
 from services.learner.config import PolicySection
 from services.learner.model_files import read_model_files
+from services.learner.pretrained import check_tokenizer, load_config, load_model, quiet
 from services.runtime.errors import ConfigError, InvalidWeightsError
 from services.wire.delta import BitTensor
 from services.wire.torch_bits import to_bits
@@ -66,17 +66,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_policy(settings: PolicySection) -> Policy:
+def load_policy(settings: PolicySection, system_prompt: str = "") -> Policy:
     """Loads model and files. Blocks.
 
-    Raises as `read_model_files` does, ConfigError (tokenizer does not load, unknown architecture, no such device),
-    InvalidWeightsError (weights that do not fit the config, or are not finite).
+    Raises as `read_model_files` does, ConfigError (tokenizer or chat template does not work, with this system prompt;
+    no causal language model; no such device), InvalidWeightsError (weights that do not fit the config, or are not
+    finite).
     """
-    transformers_logging.disable_progress_bar()  # the log is one JSON object per line
+    quiet()
     files = read_model_files(settings.path)
     device = pick_device(settings.device)
-    highest_id = _check_tokenizer(settings.path)
-    model = _load_model(settings.path)
+    config = load_config(settings.path)
+    highest_id = check_tokenizer(settings.path, system_prompt)
+    model = load_model(settings.path, config)
+    _round_buffers(model)
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps torch's method with its own self
     model.config.use_cache = False
     if settings.gradient_checkpointing:
@@ -99,6 +102,16 @@ def load_policy(settings: PolicySection) -> Policy:
     return policy
 
 
+@torch.no_grad()
+def _round_buffers(model: PreTrainedModel) -> None:
+    """To what travels: buffers are never trained, and samplers would route to other experts than the trainer for ever
+    where one of them is a bias of the router (DeepSeek V3)."""
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            buffer.copy_(buffer.bfloat16())
+
+
 def _checkpoint_layers(model: PreTrainedModel, directory: Path) -> None:
     """Layers keep their input alone, and are computed again in the backward pass. transformers' own switch acts in
     training mode only, which would turn dropout on."""
@@ -111,47 +124,3 @@ def _checkpoint_layers(model: PreTrainedModel, directory: Path) -> None:
         # Of what copy.deepcopy can copy: recomputing log-probs takes a copy of the model.
         again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         layer.forward = cast("Callable[..., Tensor]", again)
-
-
-def _check_tokenizer(directory: Path) -> int:
-    """Its highest token id."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise plain Exception for a file they cannot read
-        raise ConfigError(f"the tokenizer in {directory} does not load: {_first_line(error)}") from error
-    return max(cast("dict[str, int]", tokenizer.get_vocab()).values(), default=-1)
-
-
-def _load_model(directory: Path) -> PreTrainedModel:
-    """float32, on the CPU. Weights that are missing or left over are errors: they would train noise."""
-    last: Exception | None = None
-    for attention in ("sdpa", "eager"):
-        try:
-            loaded: object = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (ValueError, ImportError) as error:  # "does not support sdpa" is a ValueError
-            last = error
-            continue
-        except (RuntimeError, OSError) as error:
-            raise InvalidWeightsError(f"the weights in {directory} do not load: {_first_line(error)}") from error
-        except Exception as error:  # safetensors raises its own class for a damaged file
-            raise InvalidWeightsError(f"the weights in {directory} do not load: {_first_line(error)}") from error
-        model, info = cast("tuple[PreTrainedModel, dict[str, list[object]]]", loaded)
-        missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        if missing:
-            raise InvalidWeightsError(f"the weights in {directory} lack {missing[0]} ({len(missing)} such tensors)")
-        return model
-    raise ConfigError(
-        f"transformers cannot build a causal language model from {directory}: {_first_line(last)}"
-    ) from last
-
-
-def _first_line(error: Exception | None) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

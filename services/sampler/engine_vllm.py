@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from services.runtime.errors import ConfigError, EngineError, InputMissingError
 from services.runtime.log import get_logger
 from services.sampler.config import EngineSection
 from services.sampler.engine import Drawn, Generated, GenerateRequest
+from services.sampler.model_files import model_without_memory
 from services.sampler.vllm_child.arguments import engine_arguments, environment, resolved_dtype
 from services.sampler.vllm_child.messages import DrawnTokens, Generate, GeneratedGroup
 from services.sampler.vllm_child.staging import Staging, touched, weight_bytes
 from services.sampler.vllm_child.supervisor import ChildSettings, Held, Supervisor
 from services.wire.delta import Weights, validate_names_shapes
+from services.wire.model_layout import as_in_files
 from services.wire.types import EngineInfo, FinishReason, VersionSpan
 
 _log = get_logger("sampler.engine")
@@ -71,7 +74,8 @@ class VllmEngine:
                 raise InputMissingError(f"{model_dir} has no {file}: vLLM needs a Hugging Face model directory")
         own = self._settings.vllm
         place = Path(own.staging_dir) if own.staging_dir else None
-        self._staging = await asyncio.to_thread(Staging, place, self._state_dir / "vllm", weight_bytes(weights))
+        names = partial(as_in_files, await asyncio.to_thread(model_without_memory, model_dir))
+        self._staging = await asyncio.to_thread(Staging, place, self._state_dir / "vllm", weight_bytes(weights), names)
         child = ChildSettings(
             model_dir=model_dir,
             arguments=self._arguments,

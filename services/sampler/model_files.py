@@ -15,6 +15,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from services.runtime.errors import ConfigError, InputMissingError
+from services.wire.model_layout import attention_kinds
 
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -51,21 +52,34 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
 
 def build_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture without its weights, in evaluation mode. Raises InputMissingError, ConfigError."""
+    model = _from_config(model_dir, device, dtype)
+    model.tie_weights()  # a part of the initialisation that was left out
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or _SUPPORTED_LAYERS)
+    if layers - _SUPPORTED_LAYERS or getattr(model, "_is_stateful", False):
+        found = ", ".join(sorted(layers - _SUPPORTED_LAYERS)) or "state instead of keys and values"
+        raise ConfigError(f"{type(model).__name__} has layers of another kind ({found}): use engine.kind = vllm for it")
+    return model.eval()
+
+
+def model_without_memory(model_dir: Path) -> PreTrainedModel:
+    """The architecture alone, on "meta": what names and shapes are asked of. Raises as `build_model` does."""
+    return _from_config(model_dir, torch.device("meta"), torch.bfloat16)
+
+
+def _from_config(model_dir: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     if not (model_dir / "config.json").exists():
         raise InputMissingError(f"{model_dir} has no config.json: it is not a Hugging Face model directory")
     try:
         config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True)
+        # Left to transformers where more than one is right: it takes the best that the model has.
+        kinds = attention_kinds(config)
+        attention = kinds[0] if len(kinds) == 1 else None
         with torch.device(device), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.tie_weights()  # a part of the initialisation that was left out
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"the model in {model_dir} cannot be built here: {_first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the model in {model_dir} does not fit on {device}: {_first_line(error)}") from error
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or _SUPPORTED_LAYERS)
-    if layers - _SUPPORTED_LAYERS or getattr(model, "_is_stateful", False):
-        raise ConfigError(f"{type(model).__name__} has layers without keys and values: use engine.kind = vllm for it")
-    return model.eval()
 
 
 def end_token_ids(model_dir: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

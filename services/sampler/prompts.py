@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2.exceptions import TemplateError
-
 from services.runtime.errors import ConfigError
 from services.sampler.model_files import load_tokenizer
+from services.wire.conversation import prompt_text
 
 
 class PromptCodec:
@@ -20,17 +19,15 @@ class PromptCodec:
 
     def render(self, text: str) -> tuple[int, ...]:
         """Token ids of the conversation up to where the assistant begins. Raises ConfigError for a broken template."""
-        messages = [{"role": "user", "content": text}]
-        if self._system_prompt:
-            messages.insert(0, {"role": "system", "content": self._system_prompt})
-        try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # what a template computes
-            raise ConfigError(f"the chat template fails on a prompt: {error}") from error
+        rendered = prompt_text(self._tokenizer, text, self._system_prompt)
         # The template writes the special tokens itself: adding them again would double the first one.
-        ids = self._tokenizer(str(rendered), add_special_tokens=False)["input_ids"]
+        ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
         return tuple(int(token) for token in ids)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a completion, without special tokens; invalid bytes become U+FFFD."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """The text of a completion, without special tokens; invalid bytes become U+FFFD.
+
+        Exactly what was written: a tokenizer may say that blanks before full stops are to go.
+        """
+        decoded = self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(decoded)

@@ -94,7 +94,7 @@ class Generator:
         self._version = start["version"]
         self._roots = {start["version"]: start["root"]}
         self._ready = ready
-        self._end_ids = sorted(end_ids)
+        self._end_ids = sorted(id_ for id_ in end_ids if id_ < ready["vocab_size"])  # vLLM refuses others
         self._groups: dict[int, _Group] = {}
         engine.set_weight_version(str(self._version))
 

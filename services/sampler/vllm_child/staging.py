@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -18,9 +18,15 @@ _WEIGHT_INDEX = ".index.json"
 
 
 class Staging:
-    """`parent`: where the folder is made; None takes /dev/shm where twice the weights fit, else `fallback`."""
+    """`parent`: where the folder is made; None takes /dev/shm where twice the weights fit, else `fallback`.
 
-    def __init__(self, parent: Path | None, fallback: Path, weight_bytes: int) -> None:
+    `as_in_files` gives whole blocks the names that vLLM knows: those of published checkpoints.
+    """
+
+    def __init__(
+        self, parent: Path | None, fallback: Path, weight_bytes: int, as_in_files: Callable[[Weights], Weights]
+    ) -> None:
+        self._as_in_files = as_in_files
         place = parent or (_MEMORY if _free_bytes(_MEMORY) > 2 * weight_bytes else fallback)
         with storage_errors(f"make a folder for weights in {place}"):
             place.mkdir(parents=True, exist_ok=True)
@@ -38,7 +44,7 @@ class Staging:
                 link = folder / file.name
                 if file.suffix not in _WEIGHT_SUFFIXES and not file.name.endswith(_WEIGHT_INDEX) and not link.exists():
                     link.symlink_to(file.absolute())
-        write_weights(weights, self._model_weights)
+        write_weights(self._as_in_files(weights), self._model_weights)
         return folder
 
     def drop_model_weights(self) -> None:
@@ -46,9 +52,9 @@ class Staging:
         self._model_weights.unlink(missing_ok=True)
 
     def update(self, tensors: Weights) -> Path:
-        """A file with these tensors; the one before is no longer there. Raises StorageError."""
+        """A file with these tensors, of whole blocks; the one before is no longer there. Raises StorageError."""
         path = self.folder / "update.safetensors"
-        write_weights(tensors, path)
+        write_weights(self._as_in_files(tensors), path)
         return path
 
     def drop_update(self) -> None:

@@ -15,7 +15,7 @@ from services.learner.config import PolicySection
 from services.learner.forward import Forward
 from services.learner.model_files import read_model_files
 from services.learner.policy import Policy, load_policy
-from services.runtime.errors import ConfigError, InputMissingError, InvalidWeightsError
+from services.runtime.errors import BadInputError, ConfigError, InputMissingError, InvalidWeightsError
 from services.wire.torch_bits import to_torch
 
 
@@ -95,6 +95,63 @@ def test_weights_that_are_not_finite_are_refused(copy: Path) -> None:
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InvalidWeightsError, match=r"model\.norm\.weight"):
+        load(copy)
+
+
+def test_weights_of_another_size_are_named_with_both_sizes(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(InvalidWeightsError, match=r"down_proj\.weight is \[32, 48\], and the model has \[32, 64\]"):
+        load(copy)
+
+
+def test_weights_that_the_model_does_not_use_are_told_of(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    fewer = {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
+    (copy / "config.json").write_text(json.dumps(config | fewer))
+    load(copy)
+    assert "weights_not_used" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("adapter_config.json", {"peft_type": "LORA"}, "merge it"),
+        ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ("config.json", {"model_type": "t5"}, "no causal language model"),
+        ("config.json", {"model_type": "qwen2_vl"}, "no causal language model"),
+        ("config.json", {"hidden_size": "32"}, "config.json .* expected int"),
+    ],
+)
+def test_what_cannot_be_a_policy_is_one_sentence(copy: Path, name: str, value: dict[str, object], words: str) -> None:
+    before = json.loads((copy / name).read_text()) if (copy / name).exists() else {}
+    (copy / name).write_text(json.dumps(before | value))
+    with pytest.raises(ConfigError, match=words):
+        load(copy)
+
+
+def test_a_damaged_generation_config_is_named_before_samplers_read_it(copy: Path) -> None:
+    (copy / "generation_config.json").write_text("[1")
+    with pytest.raises(BadInputError, match="generation_config"):
+        load(copy)
+
+
+def test_a_chat_template_is_tried_with_the_system_prompt(copy: Path) -> None:
+    """Gemma's knows no system message: every sampler would have ended."""
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    )
+    (copy / "chat_template.jinja").write_text(template)
+    load(copy)
+    with pytest.raises(ConfigError, match="no system"):
+        load_policy(PolicySection(path=copy, device="cpu"), "Be brief.")
+
+
+def test_a_chat_template_that_leaves_out_the_question_is_refused(copy: Path) -> None:
+    """As one does that wants a message's content in parts."""
+    template = "{% for part in messages[0].content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    (copy / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match="leaves out"):
         load(copy)
 
 

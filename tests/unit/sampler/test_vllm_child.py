@@ -58,7 +58,7 @@ def test_staging_gives_config_and_tokenizer_with_the_held_weights_only(tmp_path:
     source.mkdir()
     for name in ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         (source / name).write_text("{}")
-    staging = Staging(tmp_path / "place", tmp_path / "unused", 64)
+    staging = Staging(tmp_path / "place", tmp_path / "unused", 64, dict)
     for _ in range(2):  # a restart does it again
         folder = staging.model_dir(source, tensors())
         assert {file.name for file in folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
@@ -70,11 +70,11 @@ def test_staging_gives_config_and_tokenizer_with_the_held_weights_only(tmp_path:
 
 
 def test_folders_of_killed_processes_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
-    running = Staging(tmp_path, tmp_path, 64)
+    running = Staging(tmp_path, tmp_path, 64, dict)
     orphan = tmp_path / "heterorl-vllm-orphan"
     orphan.mkdir()
     (orphan / ".lock").touch()
-    later = Staging(tmp_path, tmp_path, 64)
+    later = Staging(tmp_path, tmp_path, 64, dict)
     assert set(tmp_path.iterdir()) == {running.folder, later.folder}
     for staging in (running, later):
         staging.remove()
