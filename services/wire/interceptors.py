@@ -1,7 +1,8 @@
 """What every call to our servers passes, outermost first.
 
 Errors ──► Access ──► handler
-  │          └ the peer's role must be in the method's list; a method without a list is refused to everyone
+  │          └ the peer's role must be in the method's list; a method without a list is refused to everyone; a peer has
+  │            so many calls open at most
   └ HeteroRLError ► its status · anything else ► INTERNAL and an id; the text stays in the log, under that id
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations  # gRPC types take parameters in their stubs 
 import abc
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeAlias, TypeVar, cast
@@ -17,7 +19,7 @@ from typing import Protocol, TypeAlias, TypeVar, cast
 import grpc
 from google.protobuf.message import DecodeError
 
-from services.runtime.errors import BadInputError, RefusedError
+from services.runtime.errors import BadInputError, ExhaustedError, RefusedError
 from services.runtime.lifecycle import explain
 from services.runtime.log import get_logger
 from services.wire.errors import abort
@@ -40,6 +42,10 @@ HEALTH_RULES: AccessRules = {
     "/grpc.health.v1.Health/Watch": frozenset(Role),
 }
 """The health service, for everyone with a certificate."""
+
+MOST_CALLS = 320
+"""Calls that one identity may have open. A sampler with all its 16 channels full has 16 calls on each, and some on its
+control channel; each that is not read holds up to 2 MiB here."""
 
 _MAKERS = {  # (requests stream, responses stream)
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -120,6 +126,7 @@ class AccessInterceptor(_Guarding):
     def __init__(self, rules: AccessRules, is_denied: Callable[[Identity], bool] = lambda _: False) -> None:
         self._rules = rules
         self._is_denied = is_denied
+        self._open = Counter[Identity]()
 
     def guard(self, context: Context, method: str) -> AbstractAsyncContextManager[None]:
         return self._admitted(context, method)
@@ -128,12 +135,18 @@ class AccessInterceptor(_Guarding):
     async def _admitted(self, context: Context, method: str) -> AsyncGenerator[None]:
         identity = peer_identity(context)
         if identity.role not in self._rules.get(method, frozenset()):
-            _log.warning("access_denied", identity=identity, method=method, peer=context.peer())
             raise RefusedError(f"{identity} may not call {method}")
         if self._is_denied(identity):
-            _log.warning("access_denied", identity=identity, method=method, peer=context.peer(), reason="deny-list")
             raise RefusedError(f"{identity} is on the deny-list: ask the operator of this learner")
-        yield
+        if self._open[identity] >= MOST_CALLS:
+            raise ExhaustedError(f"{identity} has {MOST_CALLS} calls open: end some of them")
+        self._open[identity] += 1
+        try:
+            yield
+        finally:
+            self._open[identity] -= 1
+            if not self._open[identity]:
+                del self._open[identity]
 
 
 def server_interceptors(
@@ -154,7 +167,9 @@ async def _mapped(context: Context, method: str) -> AsyncGenerator[None]:
             _log.info("call_left", method=method, peer=context.peer(), reason=type(error).__name__)
             raise grpc.aio.AbortError from error
         failure = explain(error, _log.bind(method=method, peer=context.peer()))
-        if not isinstance(error, RefusedError):
+        if isinstance(failure, RefusedError):
+            _log.warning("access_denied", method=method, peer=context.peer(), reason=failure)
+        else:
             _log.info("call_failed", method=method, peer=context.peer(), reason=failure)
         await abort(context, failure)
 

@@ -10,6 +10,7 @@ import pytest
 
 from services.runtime.errors import ExhaustedError, FencedError, HeteroRLError, MismatchError, RefusedError
 from services.runtime.log import JsonLines
+from services.wire import interceptors
 from services.wire.channel import open_channel
 from services.wire.errors import from_rpc_error
 from services.wire.identity import Identity, Role
@@ -114,6 +115,42 @@ async def test_a_method_that_nobody_serves_is_a_mismatch_of_protocols():
 async def test_an_identity_on_the_deny_list_is_refused_in_an_allowed_role():
     with pytest.raises(RefusedError, match="sampler eu-2 is on the deny-list"):
         await call_insecurely(Echo(), UNARY, is_denied=lambda identity: identity.id == "eu-2")
+
+
+async def test_an_identity_may_have_so_many_calls_open_and_takes_none_from_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interceptors, "MOST_CALLS", 3)
+    other = Identity(role=Role.SAMPLER, id="us-1")
+    echo = Echo()
+    async with (
+        serving(echo) as address,
+        open_channel(address, None, "bulk", SAMPLER) as channel,
+        open_channel(address, None, "bulk", other) as beside,
+    ):
+        streams = [channel.unary_stream(SERVER_STREAM)(b"endless") for _ in range(3)]
+        for stream in streams:
+            assert await stream.read() == b"endless"
+        with pytest.raises(ExhaustedError, match="sampler eu-2 has 3 calls open"):
+            await call(channel, UNARY)
+        assert await call(beside, UNARY) == [b"x"]
+        streams[0].cancel()
+        async with asyncio.timeout(10):
+            await echo.closed.wait()
+        assert await call(channel, UNARY) == [b"x"]
+
+
+async def test_each_refusal_is_one_log_line_whoever_refuses(caplog: pytest.LogCaptureFixture):
+    def act(_: bytes) -> None:
+        raise RefusedError("the certificate is for sampler eu-2, and the message says it is from 'us-1'")
+
+    for method in (UNARY, UNLISTED):
+        with caplog.at_level(logging.INFO, "heterorl"), pytest.raises(RefusedError):
+            await call_insecurely(Echo(act), method)
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name.startswith("heterorl")]
+    assert [(line["event"], line["method"]) for line in lines] == [
+        ("access_denied", UNARY),
+        ("access_denied", UNLISTED),
+    ]
+    assert all("sampler eu-2" in line["reason"] for line in lines)
 
 
 async def test_without_tls_the_client_is_who_it_says_and_a_monitor_if_it_says_nothing():
