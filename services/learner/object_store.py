@@ -6,6 +6,7 @@ All methods but `reading` block and may be called from any thread.
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -14,8 +15,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.runtime.errors import CorruptObjectError, ObjectGoneError
-from services.runtime.files import atomic_write, storage_errors, sync_directory
+from services.runtime.errors import CorruptObjectError, ObjectGoneError, StorageError
+from services.runtime.files import atomic_write_blocks, storage_errors, sync_directory, sync_file
 from services.runtime.log import get_logger
 from services.wire.objects import check_object_id, file_digest, object_ref_of
 from services.wire.types import ObjectRef
@@ -56,6 +57,12 @@ class ObjectStore:
 
     def put(self, data: bytes) -> ObjectRef:
         """Stores bytes durably and returns their name. A sound copy that is there already is kept."""
+        ref = self.write(data)
+        self.sync(ref)
+        return ref
+
+    def write(self, data: bytes) -> ObjectRef:
+        """As `put`, but durable only after `sync`. If power is lost before that, `open` finds the damage."""
         ref = object_ref_of(data)
         path = self.path_of(ref.object_id)
         self._touch(ref.object_id)
@@ -64,10 +71,22 @@ class ObjectStore:
                 with storage_errors(f"make folder {path.parent}"):
                     path.parent.mkdir(exist_ok=True)
                 sync_directory(self._directory)
-            atomic_write(path, data)
+            atomic_write_blocks(path, (data,), durable=False)
             with storage_errors(f"read {path}"):
                 self._verified[ref.object_id] = _state(path.stat())  # hashed above: not again for the first reader
         return ref
+
+    def sync(self, ref: ObjectRef) -> None:
+        """Makes an object that was written durable. Raises StorageError: then it is not here any more, since the next
+        sync would not say again that the disk has lost it."""
+        path = self.path_of(ref.object_id)
+        try:
+            sync_file(path)
+        except StorageError:
+            self._verified.pop(ref.object_id, None)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise
 
     def is_sound(self, ref: ObjectRef) -> bool:
         """Whether the object is there, with its digest and this size; a damaged copy is removed, so that it is made

@@ -1,6 +1,6 @@
 """New weights to a published version, off the training path.
 
-    bf16 bits ─► encode against the baseline ─► objects (fsync, rename) ─► manifest row ─► baseline advances ─► announce
+    bf16 bits ─► encode against the baseline ─► objects ─► all durable ─► manifest row ─► baseline advances ─► announce
                                                     └─► told of while the next ones are made
 
 A crash before the row leaves objects that nobody names; a crash after it leaves a version that is complete.
@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from services.learner.config import PublishSection
@@ -205,14 +205,21 @@ class Publisher:
         refs: list[ObjectRef] = []
         store_s = 0.0
         same = False
-        for part in self._encode(base, number, weights, comparison):
-            infos.append(parse_part(part).info)
+        with ThreadPoolExecutor(1, "sync") as syncing:
+            durable: list[Future[None]] = []
+            for part in self._encode(base, number, weights, comparison):
+                infos.append(parse_part(part).info)
+                began = time.perf_counter()
+                refs.append(self._store.write(part))
+                durable.append(syncing.submit(self._store.sync, refs[-1]))
+                store_s += time.perf_counter() - began
+                same = base is not None and base.version.root == infos[0].target_root
+                if not same:
+                    tell(_step(infos[0], number, refs))
             began = time.perf_counter()
-            refs.append(self._store.put(part))
+            for one in durable:
+                one.result()
             store_s += time.perf_counter() - began
-            same = base is not None and base.version.root == infos[0].target_root
-            if not same:
-                tell(_step(infos[0], number, refs))
         info = merge_infos(infos)
         hit("publish.after_objects")
         update = _step(info, number, refs)

@@ -32,11 +32,14 @@ def atomic_write(path: Path, data: bytes, mode: int = 0o666) -> None:
     atomic_write_blocks(path, (data,), mode)
 
 
-def atomic_write_blocks(path: Path, blocks: Iterable[bytes | memoryview], mode: int = 0o666) -> None:
+def atomic_write_blocks(
+    path: Path, blocks: Iterable[bytes | memoryview], mode: int = 0o666, *, durable: bool = True
+) -> None:
     """Readers see the old content or the new one, and after a power loss too. Raises StorageError.
 
     The content is on disk before its name is (fsync, rename), and the name is when this returns (fsync of the folder).
-    `mode` is what the process's umask leaves of it, as of any file.
+    Not `durable`: after a power loss before `sync_file` the name may stand for anything. `mode` is what the process's
+    umask leaves of it, as of any file.
     """
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     with storage_errors(f"write {path}"):
@@ -45,23 +48,36 @@ def atomic_write_blocks(path: Path, blocks: Iterable[bytes | memoryview], mode: 
             with os.fdopen(descriptor, "wb") as file:
                 file.writelines(blocks)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        sync_directory(path.parent)
+        if durable:
+            sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Makes a file and its name durable. Raises StorageError."""
+    with storage_errors(f"sync {path}"):
+        _sync(path, os.O_RDONLY)
+    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:
     """Makes renames and removals in a folder durable. Raises StorageError."""
     with storage_errors(f"sync folder {directory}"):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

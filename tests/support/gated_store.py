@@ -13,15 +13,15 @@ class Gate:
     """Lets a store keep so many objects, and then holds it."""
 
     def __init__(self, site: LearnerSite, objects: int) -> None:
-        self._put = site.store.put
+        self._write = site.store.write
         self._free = threading.Semaphore(objects)
         self._more = threading.Condition()
         self.kept: list[ObjectRef] = []
 
-    def put(self, data: bytes) -> ObjectRef:
+    def write(self, data: bytes) -> ObjectRef:
         assert self._free.acquire(timeout=20)
         with self._more:
-            self.kept.append(self._put(data))
+            self.kept.append(self._write(data))
             self._more.notify_all()
             return self.kept[-1]
 
@@ -37,12 +37,12 @@ class Gate:
 @contextmanager
 def gated(site: LearnerSite, objects: int) -> Generator[Gate]:
     gate = Gate(site, objects)
-    site.store.put = gate.put  # type: ignore[method-assign]
+    site.store.write = gate.write  # type: ignore[method-assign]
     try:
         yield gate
     finally:
         gate.open()
-        del site.store.put
+        del site.store.write
 
 
 def own(weights: Weights) -> tuple[Weights, int, str]:

@@ -1,13 +1,15 @@
 """Objects of the learner: who reads one holds it, and leaves nothing open."""
 
 import asyncio
+import errno
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 from services.learner.object_store import GRACE_S, ObjectStore, OpenObject
-from services.runtime.errors import ObjectGoneError
+from services.runtime.errors import ObjectGoneError, StorageError
 
 
 class SlowlyOpened(ObjectStore):
@@ -60,3 +62,24 @@ async def test_an_object_that_is_gone_when_its_reader_has_left_is_nobodys_error(
         async with store.reading("0" * 64):
             pass
     assert complaints == []
+
+
+def test_what_the_disk_lost_when_it_was_to_be_durable_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk says once that it has lost what was written: a second fsync of the same file would succeed."""
+    store = ObjectStore(tmp_path)
+    ref = store.write(b"object")
+    failed: list[int] = []
+
+    def fsync_fails_once(descriptor: int) -> None:
+        if not failed:
+            failed.append(descriptor)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync_fails_once)
+    with pytest.raises(StorageError, match="Input/output error"):
+        store.sync(ref)
+    assert not store.path_of(ref.object_id).exists()
+    assert store.put(b"object") == ref
+    assert store.path_of(ref.object_id).read_bytes() == b"object"

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from services.learner import publisher
+from services.learner.object_store import ObjectStore
 from services.runtime import failpoints
 from services.runtime.errors import HeteroRLError, StorageError
 from services.wire.delta import compiled, root_of
+from services.wire.types import ObjectRef
 from tests.unit.learner.weights_of_tests import carry_out, make_weights, nudged, open_shop
 
 
@@ -77,6 +80,36 @@ async def test_a_failure_before_the_row_leaves_the_old_version_and_its_baseline(
     await shop.publisher.publish(1, other)
     plan = await shop.planner.plan(root_of(weights), 0)
     assert carry_out(shop, plan, weights) is not None
+
+
+async def test_objects_are_told_of_while_the_disk_works_and_the_version_once_they_are_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = open_shop(tmp_path)
+    weights = make_weights(1)
+    await shop.publisher.publish(0, weights)
+    disk = threading.Event()
+    synced: list[str] = []
+
+    def sync(ref: ObjectRef) -> None:
+        assert disk.wait(30)
+        ObjectStore.sync(shop.store, ref)
+        synced.append(ref.object_id)
+
+    monkeypatch.setattr(shop.store, "sync", sync)
+    news = await shop.publisher.wait_for_news(None)
+    publishing = asyncio.create_task(shop.publisher.publish(1, nudged(weights, 2)))
+    async with asyncio.timeout(30):
+        told = await shop.publisher.wait_for_news(news)
+    assert told.coming is not None
+    assert told.version.number == 0
+    assert all(shop.store.is_sound(ref) for ref in told.coming.objects), "a reader gets it at once"
+    assert not synced
+    assert not publishing.done()
+    disk.set()
+    await publishing
+    assert synced == [ref.object_id for ref in told.coming.objects]
+    assert shop.publisher.latest.version.number == 1
 
 
 async def test_weights_that_did_not_change_make_a_version_without_an_update(tmp_path: Path) -> None:
