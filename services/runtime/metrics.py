@@ -7,7 +7,8 @@ dropped = metrics.counter("groups_dropped", "Groups dropped", labels=("reason",)
 
 import re
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -17,6 +18,21 @@ from services.runtime.listening import listen_error
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 DEFAULT_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 15.0, 60.0, 300.0)
 """Seconds, from a local call to a keyframe on a slow link."""
+
+
+class _Scrape(WSGIRequestHandler):
+    """One connection, with a thread and a file of its own: one that says nothing is cut, or they would use up the files
+    that the process may open, and end it."""
+
+    timeout = 10.0
+    """Seconds of silence."""
+
+    def handle(self) -> None:
+        with suppress(TimeoutError, ConnectionError):
+            super().handle()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's word
+        """Scrapes are no events of the log."""
 
 
 class Metrics:
@@ -66,6 +82,7 @@ class Metrics:
             server, thread = start_http_server(wanted.port, wanted.host, self.registry)
         except OSError as error:
             raise listen_error(wanted, "metrics", error) from error
+        server.RequestHandlerClass = _Scrape
         try:
             yield Address(host=wanted.host, port=server.server_port)
         finally:

@@ -132,6 +132,18 @@ def test_metrics_are_served_on_a_free_port_while_the_block_runs():
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=20)
 
 
+def test_a_connection_to_the_metrics_that_says_nothing_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Each holds a thread and a file: a thousand of them ended a learner with "too many open files"."""
+    monkeypatch.setattr("services.runtime.metrics._Scrape.timeout", 0.2)
+    with Metrics("learner").served("127.0.0.1:0") as address:
+        assert address is not None
+        with socket.create_connection((address.host, address.port), timeout=5) as silent:
+            assert silent.recv(1) == b""
+    assert capfd.readouterr().err == ""
+
+
 def test_a_metrics_port_in_use_and_a_strange_address_are_one_sentence():
     with Metrics("learner").served("127.0.0.1:0") as address:
         in_use = pytest.raises(UnavailableError, match=r"\(metrics\) is in use by another process")
