@@ -39,8 +39,9 @@ STOP_GRACE_S = 5.0
 """Fetches that did not end by themselves after the drain are cut this much later; samplers go on where they were."""
 
 _ROLES = frozenset({Role.SAMPLER, Role.RELAY, Role.ADMIN})
+_METHODS = ("WatchPolicy", "GetPlan", "FetchObject", "FollowUpdate")
 _RULES: AccessRules = {
-    **{f"/heterorl.v1.WeightService/{method}": _ROLES for method in ("WatchPolicy", "GetPlan", "FetchObject")},
+    **{f"/heterorl.v1.WeightService/{method}": _ROLES for method in _METHODS},
     **HEALTH_RULES,
 }
 

@@ -74,7 +74,7 @@ class RelayWeightService(weights_pb2_grpc.WeightServiceServicer):
     async def FollowUpdate(  # pyright: ignore[reportIncompatibleMethodOverride] - as FetchObject
         self, request: weights_pb2.FollowUpdateRequest, context: _Follow
     ) -> None:
-        """Samplers ask the learner alone, which knows what it is making; the access rules have no role for it here."""
+        """The learner alone knows what it is making; our samplers do not ask here, and others go on without."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a relay sends what it is asked for: ask the learner")
 
     async def _write(self, context: _Fetch, message: weights_pb2.FetchObjectResponse) -> None:

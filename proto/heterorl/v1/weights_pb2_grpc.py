@@ -64,7 +64,7 @@ class WeightServiceServicer(object):
     def WatchPolicy(self, request, context):
         """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
         it tells of the next version's update while that is being made.
-        Errors, of each call that names a run: ABORTED (this server serves another).
+        Errors, of each call that names a run: ABORTED (this learner serves another), FAILED_PRECONDITION (this relay does).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,7 +90,7 @@ class WeightServiceServicer(object):
     def FollowUpdate(self, request, context):
         """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
         question has to travel first. Ends when the update is complete, was given up, or no update from this base will come.
-        Whatever did not come this way is fetched. Only a learner offers it.
+        Whatever did not come this way is fetched. Only a learner offers it. Errors: UNIMPLEMENTED (a relay).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -30,7 +30,7 @@ class WeightServiceStub:
     WatchPolicy: grpc.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.WatchPolicyRequest, heterorl.v1.weights_pb2.WatchPolicyResponse]
     """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
     it tells of the next version's update while that is being made.
-    Errors, of each call that names a run: ABORTED (this server serves another).
+    Errors, of each call that names a run: ABORTED (this learner serves another), FAILED_PRECONDITION (this relay does).
     """
     GetPlan: grpc.UnaryUnaryMultiCallable[heterorl.v1.weights_pb2.GetPlanRequest, heterorl.v1.weights_pb2.GetPlanResponse]
     """The objects, fewest bytes, that lead from what the caller has to a version.
@@ -44,7 +44,7 @@ class WeightServiceStub:
     FollowUpdate: grpc.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FollowUpdateRequest, heterorl.v1.weights_pb2.FollowUpdateResponse]
     """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
     question has to travel first. Ends when the update is complete, was given up, or no update from this base will come.
-    Whatever did not come this way is fetched. Only a learner offers it.
+    Whatever did not come this way is fetched. Only a learner offers it. Errors: UNIMPLEMENTED (a relay).
     """
 
 @typing.type_check_only
@@ -55,7 +55,7 @@ class WeightServiceAsyncStub(WeightServiceStub):
     WatchPolicy: grpc.aio.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.WatchPolicyRequest, heterorl.v1.weights_pb2.WatchPolicyResponse]  # type: ignore[assignment]
     """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
     it tells of the next version's update while that is being made.
-    Errors, of each call that names a run: ABORTED (this server serves another).
+    Errors, of each call that names a run: ABORTED (this learner serves another), FAILED_PRECONDITION (this relay does).
     """
     GetPlan: grpc.aio.UnaryUnaryMultiCallable[heterorl.v1.weights_pb2.GetPlanRequest, heterorl.v1.weights_pb2.GetPlanResponse]  # type: ignore[assignment]
     """The objects, fewest bytes, that lead from what the caller has to a version.
@@ -69,7 +69,7 @@ class WeightServiceAsyncStub(WeightServiceStub):
     FollowUpdate: grpc.aio.UnaryStreamMultiCallable[heterorl.v1.weights_pb2.FollowUpdateRequest, heterorl.v1.weights_pb2.FollowUpdateResponse]  # type: ignore[assignment]
     """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
     question has to travel first. Ends when the update is complete, was given up, or no update from this base will come.
-    Whatever did not come this way is fetched. Only a learner offers it.
+    Whatever did not come this way is fetched. Only a learner offers it. Errors: UNIMPLEMENTED (a relay).
     """
 
 class WeightServiceServicer(metaclass=abc.ABCMeta):
@@ -83,7 +83,7 @@ class WeightServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[heterorl.v1.weights_pb2.WatchPolicyResponse], collections.abc.AsyncIterator[heterorl.v1.weights_pb2.WatchPolicyResponse]]:
         """Announces the newest version: once at once, then at each publish. Latest wins: versions may be skipped. In between
         it tells of the next version's update while that is being made.
-        Errors, of each call that names a run: ABORTED (this server serves another).
+        Errors, of each call that names a run: ABORTED (this learner serves another), FAILED_PRECONDITION (this relay does).
         """
 
     @abc.abstractmethod
@@ -115,7 +115,7 @@ class WeightServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[heterorl.v1.weights_pb2.FollowUpdateResponse], collections.abc.AsyncIterator[heterorl.v1.weights_pb2.FollowUpdateResponse]]:
         """Sends the small objects of the next update from a base while it is made, each as soon as it is there, so that no
         question has to travel first. Ends when the update is complete, was given up, or no update from this base will come.
-        Whatever did not come this way is fetched. Only a learner offers it.
+        Whatever did not come this way is fetched. Only a learner offers it. Errors: UNIMPLEMENTED (a relay).
         """
 
 def add_WeightServiceServicer_to_server(servicer: WeightServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -41,6 +41,17 @@ def only_object(site: LearnerSite, version: int = 0) -> ObjectRef:
     return update.objects[0]
 
 
+async def test_who_asks_for_what_only_a_learner_sends_can_tell_that_it_is_not_here(tmp_path: Path) -> None:
+    async with (
+        learner_site(tmp_path / "learner") as site,
+        relay_site(tmp_path / "relay", site.address) as relay,
+        dial(relay.address) as channel,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match="ask the learner") as caught:
+            await WeightServiceStub(channel).FollowUpdate(weights_pb2.FollowUpdateRequest(), timeout=10).read()
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 async def test_manifests_pass_unchanged_and_only_the_newest_is_kept(tmp_path: Path) -> None:
     async with learner_site(tmp_path / "learner") as site, relay_site(tmp_path / "relay", site.address) as relay:
         await site.publisher.publish(0, weights := make_weights(1))
