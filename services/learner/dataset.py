@@ -103,6 +103,8 @@ def _text(record: _Record, key: str, place: str) -> str:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole or (isinstance(value, float) and math.isfinite(value)):  # NaN is how some tools write that there is none
         value = str(value)
+    if isinstance(value, list | dict):
+        raise BadInputError(f'{place}: "{key}" must be text, and is a list or an object (messages are not read)')
     if not isinstance(value, str) or not value.strip():
         raise BadInputError(f'{place}: "{key}" must be text that is not empty')
     try:

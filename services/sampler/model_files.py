@@ -63,7 +63,8 @@ def build_model(model_dir: Path, device: torch.device, dtype: torch.dtype) -> Pr
 
 def model_without_memory(model_dir: Path) -> PreTrainedModel:
     """The architecture alone, on "meta": what names and shapes are asked of. Raises as `build_model` does."""
-    return _from_config(model_dir, torch.device("meta"), torch.bfloat16)
+    # transformers sets torch's default type, which is every thread's: here, to what it is anyway.
+    return _from_config(model_dir, torch.device("meta"), torch.float32)
 
 
 def _from_config(model_dir: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -52,7 +52,7 @@ def test_ids_are_stable_unique_and_change_with_the_content(tmp_path: Path) -> No
         ("[1]", "a JSON object is needed"),
         ('{"prompt": "x"}', '"answer" is missing'),
         ('{"prompt": "", "answer": "x"}', "not empty"),
-        ('{"prompt": ["x"], "answer": "x"}', "must be text"),
+        ('{"prompt": ["x"], "answer": "x"}', "messages are not read"),
         ('{"prompt": "x", "answer": true}', "must be text"),
         ('{"prompt": "x", "answer": NaN}', "must be text"),
         ('{"prompt": "x", "answer": ' + "1" * 5000 + "}", "not JSON"),
