@@ -2,7 +2,7 @@
 
 import difflib
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -62,7 +62,7 @@ def _parse_grader(value: object) -> GraderSpec:
     name, weight, options = entry.get("name"), entry.get("weight", 1.0), entry.get("options", {})
     if not isinstance(name, str) or not name:
         raise ScoreError("A grader needs a name, for example math.")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= sys.float_info.max:
         raise ScoreError(f"The weight of grader {name} must be a finite number, not {weight!r:.60}.")
     if not isinstance(options, dict):
         raise ScoreError(f"The options of grader {name} must be an object, not {options!r:.60}.")

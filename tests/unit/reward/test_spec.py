@@ -16,6 +16,7 @@ from services.runtime.errors import ScoreError
         ([{"name": "math", "weight": "1"}], "finite number"),
         ([{"name": "math", "weight": True}], "finite number"),
         ([{"name": "math", "weight": float("nan")}], "finite number"),
+        ([{"name": "math", "weight": 10**400}], "finite number"),
         ([{"name": "math", "options": []}], "must be an object"),
         ([3], "must be a name or an object"),
         (["math"] * 17, "at most 16"),
