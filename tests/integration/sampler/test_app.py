@@ -148,7 +148,8 @@ async def test_the_end_of_a_run_is_not_waited_for_until_the_next_heartbeat(tmp_p
 async def test_a_sampler_that_can_make_no_group_does_not_use_up_the_tries_that_prompts_have(tmp_path: Path) -> None:
     policy = tmp_path / "policy"
     shutil.copytree(POLICY, policy)
-    (policy / "chat_template.jinja").write_text("{# renders nothing #}")
+    nothing_of_a_sum = "{% if '=' not in messages[-1]['content'] %}{{ messages[-1]['content'] }}{% endif %}"
+    (policy / "chat_template.jinja").write_text(nothing_of_a_sum)
     async with (
         running_learner(small_config(tmp_path, policy)) as learner,
         running_sampler(learner.address, tmp_path / "s", "--leases=4") as sampler,
