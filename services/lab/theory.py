@@ -4,7 +4,7 @@ Weights under y ~ q, p the learner's policy: p/q (gspo), p/E_q[q] (the paper's g
 With G draws: the same with E = Σ q_j² / Σ q_j and max_j q_j of the group, which is what the losses compute.
 
 Theorem 1 (arXiv 2508.17850): Var[p/q] - Var[p/E_q q] ≥ exp(KL(p‖q)) - (n² + 1).
-Theorem 2: E_q[p / E_q q] = ⟨p, q⟩ / ‖q‖² ≤ ‖p‖ / ‖q‖, which bounds the bias.
+Theorem 2: E_q[p / E_q q] = ⟨p, q⟩ / ‖q‖² ≤ ‖p‖ / ‖q‖; on two outcomes that bounds the bias too, on many it does not.
 Proposition 3 (ours, docs/gepo.md): p/max(q_i, E) and p/max_j q_j have second moments at most those of p/q and of p/E.
 Proposition 4 (ours): of w = p / (q_i^(1-λ) max_j q_j^λ), which is gepo_fresh's weight, the second moment falls with λ
 and is log-convex in it, and 0 ≤ 1 - E_q[w] ≤ λ E_p[log(max_j q_j / q_i)].

@@ -81,3 +81,12 @@ def test_on_policy_the_ordinary_weight_is_one() -> None:
     assert np.diag(grid.exact["own"].variance) == pytest.approx(0.0, abs=1e-12)
     assert grid.kl[3, 3] == 0.0
     assert math.isclose(grid.exact["own"].mean[2, 7], 1.0)
+
+
+def test_theorem_2_bounds_the_bias_on_two_outcomes_and_not_on_many() -> None:
+    grid = bernoulli_grid(60)
+    assert (np.abs(1 - grid.exact["group"].mean) <= grid.theorem_2_slack + grid.exact["group"].mean).all()
+    p, q = np.full(100, 0.01), np.array([0.999, *[0.001 / 99] * 99])
+    bound, mean = np.linalg.norm(p) / np.linalg.norm(q), p @ q / (q @ q)
+    assert mean <= bound
+    assert 1 - mean > 9 * bound
