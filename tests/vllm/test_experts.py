@@ -11,9 +11,7 @@ from tests.vllm.conftest import Engines, eager
 from tests.vllm.test_swap import changed, expect_exact
 
 
-async def test_experts_are_loaded_exactly_and_again(
-    engines: Engines, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+async def test_experts_are_loaded_exactly_and_again(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The second load touches one block alone: the experts of the other one stay as they were packed."""
     directory = tmp_path_factory.mktemp("mixtral")
     save_family(directory, "mixtral", character_tokenizer())
