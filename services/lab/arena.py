@@ -4,7 +4,7 @@ import hashlib
 import re
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from services.lab.contestants import PolicyName
 from services.lab.sum_tasks import SumTask, TaskName
@@ -16,8 +16,6 @@ from services.sampler.delays import DelaySection
 
 class Arena(Section):
     """What the cells of one experiment share."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     task: TaskName = TaskName.FIXED
     """fixed, variable or worked."""

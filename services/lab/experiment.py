@@ -5,6 +5,7 @@ base policy ─► version 0 ─► [ samplers ─► buffer.take ─► decode 
 
 import asyncio
 import copy
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -122,7 +123,8 @@ class Judge:
 
     def accuracy(self, model: PreTrainedModel) -> float:
         if self._drawer is None:
-            return expected_accuracy(model, self._problems)
+            accuracy = expected_accuracy(model, self._problems)
+            return accuracy if math.isfinite(accuracy) else 0.0  # weights that exploded answer nothing
         self._drawer.load(snapshot(model))
         drawn = self._drawer.draw(self._problems, 1, _JUDGE_SEED)
         return float(self._task.rewards(self._problems, drawn.tokens_BT, drawn.length_B).mean())

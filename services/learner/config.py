@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from services.learner.losses.settings import LossSettings
 from services.runtime.address import ListenKey, OptionalListenKey
@@ -73,7 +73,7 @@ class DataSection(Section):
     shuffle: bool = True
     """Shuffle the prompts in every epoch, by run.seed."""
     max_prompt_tokens: int = Field(default=768, ge=1)
-    """Longer prompts are dropped by the sampler and counted."""
+    """Longer prompts are dropped by the sampler and counted, as are those that fill the model's context."""
     system_prompt: str = ""
     """System message put before each prompt; empty for none."""
 
@@ -117,7 +117,7 @@ class GraderSection(Section):
 
     name: str = "math"
     """Registered grader; docs/rewards.md lists them."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
+    weight: float = 1.0
     """Factor of its score in the reward."""
     options: dict[str, JsonValue] = {}
     """The grader's own options."""
@@ -150,8 +150,6 @@ _Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 class OptimizerSection(Section):
     """AdamW on float32 master weights."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     lr: float = Field(default=1e-6, gt=0)
     """Learning rate after warm-up."""

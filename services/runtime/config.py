@@ -31,9 +31,12 @@ from services.runtime.errors import ConfigError
 
 
 class Section(BaseModel):
-    """A table of a config file. Unknown keys are errors; attribute docstrings are the keys' documentation."""
+    """A table of a config file. Unknown keys are errors, and so are infinite numbers: no key means anything with one.
+    Attribute docstrings are the keys' documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod

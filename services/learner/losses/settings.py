@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from enum import StrEnum
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from services.runtime.config import Section
 
@@ -82,8 +82,6 @@ class ZeroVariance(StrEnum):
 
 class LossSettings(Section):
     """The loss. A key that is unset takes the default of the loss that `name` picks (docs/gepo.md has the table)."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     name: LossName = LossName.GEPO
     """gepo, gepo_plus, gepo_fresh, gspo, gspo_token, defensive, gmpo, grpo, dr_grpo, bnpo, cispo, topr, tis, icepop,

@@ -11,6 +11,7 @@ from services.lab.arena import Arena, Cell
 from services.lab.contestants import PolicyName, expected_accuracy, make_drawer, make_model, snapshot
 from services.lab.experiment import CellResult, base_policy, run_cell
 from services.lab.sum_tasks import SumTask, TaskName
+from services.learner.config import OptimizerSection
 from services.learner.losses.settings import KlTarget, LossName, LossSettings
 from services.runtime.errors import BadInputError, ConfigError
 from services.sampler.delays import DelayKind, DelayModel, DelaySection
@@ -137,6 +138,14 @@ def test_a_reference_holds_a_cell_back(bases: Path) -> None:
         return run_cell(one, bases).kl_mean
 
     assert moved(3.0) < 0.8 * moved(0.0)
+
+
+def test_weights_that_explode_answer_nothing(bases: Path) -> None:
+    exploding = cell(0).model_copy(update={"optimizer": OptimizerSection(lr=1e30)})
+    result = run_cell(exploding, bases)
+    assert result.last == 0.0
+    assert result.skipped_steps > 0
+    assert CellResult.model_validate_json(result.model_dump_json()) == result
 
 
 def test_the_warmed_up_policy_is_kept_and_used_again(tmp_path: Path) -> None:

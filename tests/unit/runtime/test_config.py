@@ -214,3 +214,13 @@ def test_a_stronger_layer_may_unset_an_optional_table_or_set_it_again(tmp_path: 
 def test_an_empty_path_is_refused_with_its_place(tmp_path: Path):
     assert failure(tmp_path, 'model = ""') == "run.toml, line 1: model is '', but must be a path"
     assert failure(tmp_path, 'model = "m"', "--model=") == "option --model: model is '', but must be a path"
+
+
+def test_infinite_numbers_are_refused(tmp_path: Path) -> None:
+    """`lease.ahead = inf` would be a traceback in a running learner, `optimizer.lr = inf` weights of NaN."""
+    path = tmp_path / "run.toml"
+    path.write_text('model = "m"\n[optimizer]\nlr = inf\n')
+    with pytest.raises(ConfigError, match=r"line 3: optimizer\.lr is inf, but must be a finite number"):
+        load(Tree, path, [], {})
+    with pytest.raises(ConfigError, match=r"finite number"):
+        load(Tree, None, ["--model=m", "--optimizer.betas=0.9,nan"], {})
