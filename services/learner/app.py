@@ -162,7 +162,7 @@ async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, stat
     await _restore(parts, versions)
     return Learner(
         parts=parts,
-        settings=run_settings(config, files, policy.vocab_size, signer.public_key if signer else b""),
+        settings=run_settings(config, files, policy, signer.public_key if signer else b""),
         store=store,
         observed=Observed(config=config, state=state, plane=plane, publisher=publisher, traffic=traffic),
     )

@@ -14,19 +14,20 @@ def store_model_files(policy: Policy, store: ObjectStore) -> tuple[ModelFile, ..
     return tuple(ModelFile(name=name, object=store.put(data)) for name, data in sorted(policy.files.items()))
 
 
-def run_settings(
-    config: LearnerConfig, files: tuple[ModelFile, ...], vocab_size: int, public_key: bytes
-) -> RunSettings:
-    """The settings that registration hands out. `public_key` is empty where manifests are not signed."""
+def run_settings(config: LearnerConfig, files: tuple[ModelFile, ...], policy: Policy, public_key: bytes) -> RunSettings:
+    """The settings that registration hands out. `public_key` is empty where manifests are not signed.
+
+    A prompt that fills the model's context is too long, whatever the configuration says: no engine can answer it.
+    """
     sampling = config.sampling
     return RunSettings(
         model_files=files,
         model_files_sha256=model_files_sha256(files),
-        vocab_size=vocab_size,
+        vocab_size=policy.vocab_size,
         weights_dtype=WIRE_DTYPE,
         group_size=sampling.group_size,
         max_staleness=config.staleness.max_staleness,
-        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_prompt_tokens=min(config.data.max_prompt_tokens, policy.context_tokens - 1),
         sampling=SamplingSettings(
             temperature=sampling.temperature,
             max_completion_tokens=sampling.max_completion_tokens,
