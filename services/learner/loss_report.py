@@ -70,7 +70,7 @@ def evaluate_case(case: LossCase) -> CaseResult:
     output.loss.backward()
     metrics = finish_metrics([output.metrics])
     if not all(map(math.isfinite, metrics.values())):
-        raise BadInputError(f"case {case.name!r}: the result is not finite: log-probs, rewards or options are too large")
+        raise BadInputError(f"case {case.name!r}: the result is not finite: log-probs, rewards or options are too big")
     gradient_BT = torch.zeros_like(learner_BT) if learner_BT.grad is None else learner_BT.grad
     broken_B = prepared.mask_BT.any(1) & ~torch.isfinite(torch.where(mask_BT, learner_BT, 0.0)).all(1)
     part_BT = prepared.mask_BT & ~broken_B[:, None]
