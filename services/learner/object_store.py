@@ -149,7 +149,7 @@ class ObjectStore:
         freed = 0
         with storage_errors(f"collect in {self._directory}"):
             for path in self._directory.glob("??/*"):
-                if path.name in wanted or not self._forget_if_unused(path.name):
+                if path.name in wanted or path.is_dir() or not self._forget_if_unused(path.name):
                     continue
                 freed += path.stat().st_size
                 path.unlink(missing_ok=True)
@@ -158,10 +158,11 @@ class ObjectStore:
     def _verify(self, object_id: str) -> int:
         """Size of a sound object. The digest is computed again only when the file on disk is another one."""
         path = self.path_of(object_id)
-        try:
-            facts = path.stat()
-        except FileNotFoundError:
-            raise ObjectGoneError(f"object {object_id[:12]} was collected; ask for a new plan") from None
+        with storage_errors(f"read {path}"):
+            try:
+                facts = path.stat()
+            except FileNotFoundError:
+                raise ObjectGoneError(f"object {object_id[:12]} was collected; ask for a new plan") from None
         state = _state(facts)
         if self._verified.get(object_id) != state:
             with storage_errors(f"read {path}"):

@@ -83,3 +83,24 @@ def test_what_the_disk_lost_when_it_was_to_be_durable_is_written_anew(
     assert not store.path_of(ref.object_id).exists()
     assert store.put(b"object") == ref
     assert store.path_of(ref.object_id).read_bytes() == b"object"
+
+
+def test_a_folder_that_somebody_put_among_the_objects_does_not_stop_collection(tmp_path: Path) -> None:
+    now_s = [0.0]
+    store = ObjectStore(tmp_path, clock=lambda: now_s[0])
+    ref = store.put(b"object")
+    stray = store.path_of(ref.object_id).with_name("notes")
+    stray.mkdir()
+    now_s[0] = GRACE_S + 1
+    assert store.collect([]) == len(b"object")
+    assert not store.path_of(ref.object_id).exists()
+    assert stray.is_dir()
+
+
+def test_an_object_that_cannot_be_looked_at_is_the_disks_error(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path)
+    path = store.path_of(store.write(b"object").object_id)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(StorageError, match="symbolic links"):
+        store.open(path.name)
