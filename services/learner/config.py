@@ -161,8 +161,8 @@ class OptimizerSection(Section):
     """Decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up, then constant."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradient norm at which gradients are clipped."""
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
+    """Gradient norm at which gradients are clipped; inf: never."""
 
 
 class PublishSection(Section):

@@ -110,7 +110,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         if request.max_leases < 1:
             raise BadInputError("max_leases must be at least 1")
         wait_s = min(request.wait_ms / 1000, _MOST_WAIT_S)
-        if reason := self._why_none(sampler):
+        if reason := self._why_none(sampler, request.policy_version):
             await self._plane.leases.wait_for_change(min(wait_s, _PAUSE_WAIT_S))
             return control_pb2.LeasePromptsResponse(reason=reason)
         granted = await self._plane.leases.grant(
@@ -119,7 +119,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             min(request.max_leases, _MOST_LEASES),
             request.policy_version,
             wait_s,
-            lambda: self._why_none(sampler),
+            lambda: self._why_none(sampler, request.policy_version),
         )
         return control_pb2.LeasePromptsResponse(leases=map(to_lease, granted.leases), reason=granted.reason)
 
@@ -132,7 +132,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._plane.leases.release(session.sampler_id, lease_ids, reason)
         return control_pb2.ReleaseLeasesResponse()
 
-    def _why_none(self, sampler: Sampler) -> str:
+    def _why_none(self, sampler: Sampler, policy_version: int) -> str:
         match self._plane.sessions.directive(sampler):
             case Directive.DRAIN:
                 return "draining"
@@ -141,11 +141,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             case Directive.CONTINUE if sampler.quarantined:
                 return "paused"
             case Directive.CONTINUE:
-                return "" if self._holds_known_weights(sampler) else "weights"
+                return "" if self._holds_known_weights(sampler, policy_version) else "weights"
 
-    def _holds_known_weights(self, sampler: Sampler) -> bool:
+    def _holds_known_weights(self, sampler: Sampler, policy_version: int) -> bool:
         """False while it holds a version that this learner, restored from an older checkpoint, has not made: groups of
         it would be refused, and in the end put the sampler into quarantine."""
+        if 0 <= self._plane.versions.current < policy_version:
+            return False  # before its first report too
         report = sampler.report
         if report is None or not report.policy_root:
             return True

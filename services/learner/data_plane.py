@@ -90,7 +90,6 @@ class DataPlane:
                 waiting=lambda: self.waiting,
                 alive=self.sessions.is_alive,
                 samplers=self.sessions.alive_count,
-                known=lambda: len(self.sessions.all()),
                 record=journal.record_leases,
                 given_up=self._given_up,
             ),

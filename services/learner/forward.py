@@ -76,6 +76,7 @@ class Forward:
         finally:
             hook.remove()
         ours *= factor
-        if ours.shape != logits.shape or float((ours - logits).abs().max()) > _SAME * float(logits.abs().max()):
+        if ours.shape != logits.shape:
             return None
-        return head.weight
+        alike = float((ours - logits).abs().max()) <= _SAME * float(logits.abs().max())  # not where either is NaN
+        return head.weight if alike else None

@@ -237,8 +237,7 @@ class Intake:
         if seq > expected:
             return Gap(expected_seq=expected)
         if seq < expected:
-            draft.resent += 1
-            return self._again(arrival, draft.by_seq.get((*stream, seq)) or by_seq)
+            return self._again(draft, arrival, draft.by_seq.get((*stream, seq)) or by_seq)
         draft.heads[stream] = seq
         if (first := draft.by_id.get((arrival.sampler_id, arrival.envelope.group_id)) or by_id) is not None:
             return self._repeat(draft, arrival, first)
@@ -246,16 +245,17 @@ class Intake:
             raise AssertionError("a group that nobody knows was not inspected")
         return self._admit(draft, arrival, inspected)
 
-    def _again(self, arrival: Arrival, first: First | None) -> Verdict:
+    def _again(self, draft: _Draft, arrival: Arrival, first: First | None) -> Verdict:
         """A seq that came before. With another group it is of a sampler that counts anew within an old spool: to call
         that a duplicate of what was accepted would lose all of its work without a word."""
         envelope = arrival.envelope
         if first is not None and _is_other(envelope, first.content_sha256):
             sampler = self._sessions.find(arrival.sampler_id)
             if sampler is not None and not sampler.quarantined:
-                sampler.invalid_streak += 1
                 self._warn(arrival, Fault.ID_REUSE)
+                _raise_streak(sampler)
             return Verdict(seq=envelope.seq, code=VerdictCode.INVALID, reason=Fault.ID_REUSE.value)
+        draft.resent += 1
         code = first.verdict if first else None
         return Verdict(seq=envelope.seq, code=VerdictCode.DUPLICATE, reason=first.reason if first else "", first=code)
 
@@ -348,11 +348,16 @@ class Intake:
         elif row.verdict is VerdictCode.INVALID:
             name = LeaseName.parse(row.lease_id)
             # A learner that was restored from a backup may not know what it said before: no sampler's fault.
-            before = sampler.quarantined
             forgotten = name is not None and name.learner_epoch != self._sessions.learner_epoch
-            sampler.invalid_streak += not (forgotten and row.reason in _OF_A_RESTORE)
-            if sampler.quarantined and not before:
-                _log.error("sampler_quarantined", sampler_id=sampler.sampler_id, until="it registers again")
+            if not (forgotten and row.reason in _OF_A_RESTORE):
+                _raise_streak(sampler)
+
+
+def _raise_streak(sampler: Sampler) -> None:
+    before = sampler.quarantined
+    sampler.invalid_streak += 1
+    if sampler.quarantined and not before:
+        _log.error("sampler_quarantined", sampler_id=sampler.sampler_id, until="it registers again")
 
 
 def _is_other(envelope: GroupEnvelope, content_sha256: bytes) -> bool:

@@ -59,8 +59,6 @@ class Surroundings:
     """False for a (sampler, session epoch) that was lost."""
     samplers: Callable[[], int]
     """Samplers that are not lost."""
-    known: Callable[[], int]
-    """Samplers that registered, the lost ones too."""
     record: Callable[[int, int], Awaitable[None]]
     """Makes (number of the next new prompt, lowest open number) durable."""
     given_up: Callable[[Work], None]
@@ -302,7 +300,7 @@ class LeaseTable:
             if (work := self._held(lease_id, sampler_id)) is None:
                 continue
             if reason in PROMPT_FAULTS:
-                self._works.call_unusable(work.prompt, sampler_id, self._around.known())
+                self._works.call_unusable(work.prompt, sampler_id, self._around.samplers())
                 self._works.give_up(work)
             else:
                 self._works.put_back([work])

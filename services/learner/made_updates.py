@@ -151,7 +151,8 @@ class MadeUpdates:
             del self._under_way[key]
             error = None if task.cancelled() else task.exception()
             if error is not None:
-                say = _log.info if isinstance(error, InvalidWeightsError) else _log.warning  # xc deltas do not fold
+                # Of deltas that do not fold: xc, or cut in parts of another size.
+                say = _log.info if isinstance(error, InvalidWeightsError) else _log.warning
                 say("update_not_made", kind=kind.name, to=number, error=error)
 
         task = asyncio.create_task(self._make(key, kind, number, encode))

@@ -35,7 +35,9 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
     with storage_errors(f"read {directory}"):
         files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
     if (directory / "adapter_config.json").exists():
-        raise ConfigError(f"{directory} holds an adapter (LoRA): merge it into its base model first")
+        raise ConfigError(
+            f"{directory} holds an adapter (LoRA): merge it into its base model, and remove adapter_config.json"
+        )
     if "config.json" not in files:
         raise InputMissingError(f"{directory} has no config.json: it is not a Hugging Face model directory")
     _check_not_quantized(_object(files["config.json"], directory / "config.json"), directory)

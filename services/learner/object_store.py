@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.runtime.errors import CorruptObjectError, ObjectGoneError, StorageError
-from services.runtime.files import atomic_write_blocks, storage_errors, sync_directory, sync_file
+from services.runtime.errors import CorruptObjectError, ObjectGoneError
+from services.runtime.files import atomic_write_blocks, storage_errors, sync_directory
 from services.runtime.log import get_logger
 from services.wire.objects import check_object_id, file_digest, object_ref_of
 from services.wire.types import ObjectRef
@@ -80,13 +80,17 @@ class ObjectStore:
         """Makes an object that was written durable. Raises StorageError: then it is not here any more, since the next
         sync would not say again that the disk has lost it."""
         path = self.path_of(ref.object_id)
-        try:
-            sync_file(path)
-        except StorageError:
-            self._verified.pop(ref.object_id, None)
-            with contextlib.suppress(OSError):
+        with storage_errors(f"sync {path}"):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            except OSError:
+                self._verified.pop(ref.object_id, None)
                 path.unlink(missing_ok=True)
-            raise
+                raise
+            finally:
+                os.close(descriptor)
+        sync_directory(path.parent)
 
     def is_sound(self, ref: ObjectRef) -> bool:
         """Whether the object is there, with its digest and this size; a damaged copy is removed, so that it is made
@@ -149,10 +153,12 @@ class ObjectStore:
         freed = 0
         with storage_errors(f"collect in {self._directory}"):
             for path in self._directory.glob("??/*"):
-                if path.name in wanted or path.is_dir() or not self._forget_if_unused(path.name):
-                    continue
-                freed += path.stat().st_size
-                path.unlink(missing_ok=True)
+                if path.name in wanted or path.name.startswith(".") or not self._forget_if_unused(path.name):
+                    continue  # a dot: one that is being written now
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    size = path.stat().st_size
+                    path.unlink()
+                    freed += size
         return freed
 
     def _verify(self, object_id: str) -> int:

@@ -13,7 +13,7 @@ _LEASE_ID = re.compile(r"([1-9]\d{0,9})-(t\d{1,18}|e\d{1,9}\.\d{1,9})-(\d{1,9})"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseName:
-    """A lease id taken apart: "3-t17-1" is the first grant of training prompt 17 by the learner's third start."""
+    """A lease id taken apart: "3-t17-1" is the first grant of training prompt 17 by the learner of epoch 3."""
 
     learner_epoch: int
     key: str

@@ -31,7 +31,7 @@ from services.runtime.errors import ConfigError
 
 
 class Section(BaseModel):
-    """A table of a config file. Unknown keys are errors, and so are infinite numbers: no key means anything with one.
+    """A table of a config file. Unknown keys are errors, and so are infinite numbers where a key does not allow them.
     Attribute docstrings are the keys' documentation."""
 
     model_config = ConfigDict(

@@ -38,8 +38,8 @@ def atomic_write_blocks(
     """Readers see the old content or the new one, and after a power loss too. Raises StorageError.
 
     The content is on disk before its name is (fsync, rename), and the name is when this returns (fsync of the folder).
-    Not `durable`: after a power loss before `sync_file` the name may stand for anything. `mode` is what the process's
-    umask leaves of it, as of any file.
+    Not `durable`: until both are synced the name may stand for anything after a power loss. `mode` is what the
+    process's umask leaves of it, as of any file.
     """
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     with storage_errors(f"write {path}"):
@@ -59,25 +59,14 @@ def atomic_write_blocks(
             sync_directory(path.parent)
 
 
-def sync_file(path: Path) -> None:
-    """Makes a file and its name durable. Raises StorageError."""
-    with storage_errors(f"sync {path}"):
-        _sync(path, os.O_RDONLY)
-    sync_directory(path.parent)
-
-
 def sync_directory(directory: Path) -> None:
     """Makes renames and removals in a folder durable. Raises StorageError."""
     with storage_errors(f"sync folder {directory}"):
-        _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

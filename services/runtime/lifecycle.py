@@ -115,7 +115,7 @@ def _what_the_host_lacks(error: BaseException) -> str | None:
     """One sentence for a limit of this host that was met, which is no fault of ours; None for anything else."""
     said = str(error) if isinstance(error, RuntimeError) else ""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
-        return "the GPU has not enough memory: lower batch.micro_batch_tokens, or use a larger one"
+        return "the GPU has not enough memory: lower a learner's batch.micro_batch_tokens, or use a larger one"
     if isinstance(error, MemoryError) or "allocate memory" in said:  # torch's, of the machine
         return _NO_MEMORY
     if said == "can't start new thread":
@@ -124,7 +124,7 @@ def _what_the_host_lacks(error: BaseException) -> str | None:
         case errno.EMFILE | errno.ENFILE:
             return "no more files can be opened: raise the limit of open files (ulimit -n, LimitNOFILE=)"
         case errno.EAGAIN:
-            return "no more processes can be started: raise the limit of them (ulimit -u, TasksMax=)"
+            return "the host refused for now, most often more processes: raise the limit of them (ulimit -u, TasksMax=)"
         case errno.ENOMEM:
             return _NO_MEMORY
         case _:

@@ -56,6 +56,11 @@ class Engine(Protocol):
     @property
     def restarts(self) -> int: ...
 
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence, once it is started."""
+        ...
+
     async def start(self, model_dir: Path, weights: Weights, version: int, root: str) -> None:
         """Builds the model from config and tokenizer files in model_dir with these weights."""
         ...

@@ -10,7 +10,7 @@ what waits begins under the new one.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +103,10 @@ class TransformersEngine:
         """Times that a failed batch was thrown away."""
         return self._restarts
 
+    @property
+    def context_tokens(self) -> int:
+        return self._context_tokens
+
     async def start(self, model_dir: Path, weights: Weights, version: int, root: str) -> None:
         """Raises InputMissingError or ConfigError for an unusable model_dir, InvalidWeightsError for other weights."""
 
@@ -117,7 +121,11 @@ class TransformersEngine:
         self._vocab_size = int(text_config.vocab_size)
         self._context_tokens = int(getattr(text_config, "max_position_embeddings", 0) or 1 << 30)
         self._version, self._root = version, root
-        batch = RunningBatch(self._model, end_ids, 0, lambda ids: str(tokenizer.decode(list(ids))))
+
+        def text_of(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+        batch = RunningBatch(self._model, end_ids, 0, text_of)
         self._worker = Thread(target=self._work, args=(batch,), name="engine", daemon=True)
         self._worker.start()
 

@@ -66,6 +66,10 @@ class VllmEngine:
         return 0 if self._supervisor is None else self._supervisor.restarts
 
     @property
+    def context_tokens(self) -> int:
+        return self._context_tokens
+
+    @property
     def child_pid(self) -> int | None:
         """Of vLLM's process; None while there is none."""
         return None if self._supervisor is None else self._supervisor.pid

@@ -38,7 +38,6 @@ class Table:
                 waiting=lambda: self.waiting,
                 alive=lambda sampler_id, _: sampler_id not in self.lost,
                 samplers=lambda: self.samplers,
-                known=lambda: self.samplers,
                 record=self.record,
                 given_up=self.given_up.append,
             ),

@@ -96,6 +96,7 @@ async def test_a_sampler_with_weights_that_a_restored_learner_has_not_made_gets_
     async with running_learner(tmp_path) as learner, sampler(learner) as one:
         for version in (0, 1):
             await learner.plane.advance(version, root(version))
+        assert (await one.lease_response(1, version=9)).reason == "weights", "before its first report"
         for version, held in ((9, root(9)), (1, root(9))):
             await one.heartbeat([], version, held)
             assert (await one.lease_response(1, version=version)).reason == "weights"

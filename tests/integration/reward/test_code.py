@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def grade(tests: object, completion: str, **options: object) -> Verdict:
     return grader.grade(ScoreRequest(prompt="", answer=json.dumps(tests), completion=completion))
 
 
-def attack(source: str) -> sandbox.Outcome:
-    return sandbox.run(sandbox.Program(source=source), LIMITS)
+def attack(source: str, limits: sandbox.SandboxLimits = LIMITS) -> sandbox.Outcome:
+    return sandbox.run(sandbox.Program(source=source), limits)
 
 
 def test_calls_are_compared_outside_of_the_sandbox() -> None:
@@ -168,7 +169,7 @@ print(len(several))
     with ThreadPoolExecutor() as runs:
         beside = runs.submit(attack, bomb)
         while not beside.done():
-            assert attack(threads).stdout.strip() == "4"
+            assert attack(threads, replace(LIMITS, wall_s=20)).stdout.strip() == "4"
 
 
 def test_the_host_is_not_visible(tmp_path: Path) -> None:

@@ -64,6 +64,18 @@ async def test_a_data_set_of_which_samplers_can_use_no_prompt_ends_the_run(tmp_p
             await run.task
 
 
+async def test_a_sampler_that_is_gone_for_good_does_not_keep_such_a_run_going(tmp_path: Path) -> None:
+    clock = Clock()
+    async with Running(await open_plane(tmp_path, clock=clock)) as run, asyncio.timeout(10):
+        await run.plane.advance(0, root(0))
+        await run.plane.sessions.register("eu-2")
+        clock.advance(3600.0)
+        while leases := await run.lease(4):
+            run.plane.leases.release("eu-1", [lease.lease_id for lease in leases], "prompt_too_long")
+        with pytest.raises(BadInputError, match="samplers can use no prompt"):
+            await run.task
+
+
 async def test_stale_groups_are_dropped_at_the_step_and_their_prompts_granted_again(tmp_path: Path) -> None:
     async with Running(await open_plane(tmp_path, settings(max_staleness=0))) as run:
         plane = run.plane

@@ -85,16 +85,19 @@ def test_what_the_disk_lost_when_it_was_to_be_durable_is_written_anew(
     assert store.path_of(ref.object_id).read_bytes() == b"object"
 
 
-def test_a_folder_that_somebody_put_among_the_objects_does_not_stop_collection(tmp_path: Path) -> None:
+def test_collection_leaves_what_is_being_written_and_a_folder_that_somebody_made(tmp_path: Path) -> None:
     now_s = [0.0]
     store = ObjectStore(tmp_path, clock=lambda: now_s[0])
     ref = store.put(b"object")
     stray = store.path_of(ref.object_id).with_name("notes")
     stray.mkdir()
+    being_written = stray.with_name(f".{ref.object_id}.0123.tmp")
+    being_written.touch()
     now_s[0] = GRACE_S + 1
     assert store.collect([]) == len(b"object")
     assert not store.path_of(ref.object_id).exists()
     assert stray.is_dir()
+    assert being_written.exists(), "it is about to get its name"
 
 
 def test_an_object_that_cannot_be_looked_at_is_the_disks_error(tmp_path: Path) -> None:

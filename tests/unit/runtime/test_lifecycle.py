@@ -48,7 +48,7 @@ def test_a_fault_of_ours_becomes_an_id_and_its_text_stays_in_the_log(caplog: pyt
         (MemoryError(), "not enough memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), "not enough"),
         (OSError(errno.EMFILE, "Too many open files"), "no more files"),
-        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more processes"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "more processes"),
     ],
 )
 def test_a_limit_of_the_host_is_one_sentence_and_no_fault_of_ours(

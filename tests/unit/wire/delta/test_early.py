@@ -193,9 +193,10 @@ def test_once_it_is_closed_nothing_is_written(
     early = EarlyDecoder(base, staging, base_root=root, target_root=update.info.target_root, workers=1)
     early.add(written(update.parts, tmp_path)[0])
     assert begun.wait(30)
+    _, jobs = early._begun[-1]
+    jobs[-1].add_done_callback(lambda _: go_on.set())  # when it is cancelled
     closing = threading.Thread(target=early.close)
     closing.start()
-    go_on.set()
     closing.join(30)
     assert not closing.is_alive()
     chunks = parse_part(update.parts[0]).layout.chunks
