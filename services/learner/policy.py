@@ -36,11 +36,6 @@ class Policy:
     device: torch.device
     vocab_size: int
 
-    @property
-    def context_tokens(self) -> int:
-        """The longest sequence; very long where the config names no end."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
-
     def parameters(self) -> dict[str, Tensor]:
         """Every persistent tensor under its canonical name, tied ones once (the first name); not copies."""
         found: dict[str, Tensor] = {}

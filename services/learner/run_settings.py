@@ -15,10 +15,7 @@ def store_model_files(policy: Policy, store: ObjectStore) -> tuple[ModelFile, ..
 
 
 def run_settings(config: LearnerConfig, files: tuple[ModelFile, ...], policy: Policy, public_key: bytes) -> RunSettings:
-    """The settings that registration hands out. `public_key` is empty where manifests are not signed.
-
-    A prompt that fills the model's context is too long, whatever the configuration says: no engine can answer it.
-    """
+    """The settings that registration hands out. `public_key` is empty where manifests are not signed."""
     sampling = config.sampling
     return RunSettings(
         model_files=files,
@@ -27,7 +24,7 @@ def run_settings(config: LearnerConfig, files: tuple[ModelFile, ...], policy: Po
         weights_dtype=WIRE_DTYPE,
         group_size=sampling.group_size,
         max_staleness=config.staleness.max_staleness,
-        max_prompt_tokens=min(config.data.max_prompt_tokens, policy.context_tokens - 1),
+        max_prompt_tokens=config.data.max_prompt_tokens,
         sampling=SamplingSettings(
             temperature=sampling.temperature,
             max_completion_tokens=sampling.max_completion_tokens,

@@ -210,6 +210,7 @@ class Rollout:
     async def _make_group(self, lease: Lease) -> int:
         """The seq of the spooled group. Raises _GivenUp."""
         token_ids = self._prompts.render(lease.prompt.text)
+        # What fills the context no engine can answer: it would refuse it again and again.
         longest = min(self._session.settings.max_prompt_tokens, self._engine.context_tokens - 1)
         if len(token_ids) > longest:
             raise _GivenUp("prompt_too_long", f"{len(token_ids)} tokens, at most {longest}")

@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import CTRLConfig, CTRLLMHeadModel
 
 from services.lab.tiny_policy import byte_level_tokenizer
-from services.learner.config import LearnerConfig, PolicySection
+from services.learner.config import PolicySection
 from services.learner.forward import Forward
 from services.learner.model_files import read_model_files
 from services.learner.policy import Policy, load_policy
-from services.learner.run_settings import run_settings
 from services.runtime.errors import BadInputError, ConfigError, InputMissingError, InvalidWeightsError
 from services.wire.torch_bits import to_torch
 
@@ -173,14 +172,6 @@ def test_an_unknown_architecture_is_a_configuration_error(copy: Path) -> None:
 def test_a_device_that_is_not_here_is_a_configuration_error(policy_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"policy\.device"):
         load_policy(PolicySection(path=policy_dir, device="tpu"))
-
-
-def test_prompts_that_fill_the_context_are_too_long_for_every_sampler(policy_dir: Path) -> None:
-    """Otherwise an engine refuses them again and again, as a fault of its own."""
-    policy = load(policy_dir)
-    for asked, told in ((768, 63), (20, 20)):
-        config = LearnerConfig.model_validate({"data": {"max_prompt_tokens": asked}})
-        assert run_settings(config, (), policy, b"").max_prompt_tokens == told
 
 
 def test_a_plain_head_is_computed_in_chunks(policy_dir: Path) -> None:

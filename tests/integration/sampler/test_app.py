@@ -163,6 +163,17 @@ async def test_a_sampler_that_can_make_no_group_does_not_use_up_the_tries_that_p
             await sampler.event("sampler_drained")
 
 
+async def test_a_prompt_that_fills_the_engines_context_is_too_long_whatever_the_learner_allows(tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(POLICY, policy)
+    long_for_some = "{% set text = messages[-1]['content'] %}{{ text }}{{ 'x' * 5000 if '1+' in text }}"
+    (policy / "chat_template.jinja").write_text(long_for_some)
+    run = {"id": "test", "state_dir": tmp_path / "learner", "steps": 100_000}
+    config = small_config(tmp_path, policy, run=run, data={"max_prompt_tokens": 100_000})
+    async with running_learner(config) as learner, running_sampler(learner.address, tmp_path / "s") as sampler:
+        assert (await sampler.event("group_dropped"))["reason"] == "prompt_too_long"
+
+
 async def test_a_sampler_whose_id_a_newer_process_took_ends_with_79(config: LearnerConfig, tmp_path: Path) -> None:
     async with running_learner(config) as learner, running_sampler(learner.address, tmp_path / "older") as older:
         await older.event("version_loaded")
