@@ -124,7 +124,7 @@ def inspect(envelope: GroupEnvelope, rules: FormRules) -> Inspected:
         group = decode_group(envelope.payload)
     except BadInputError:
         return Inspected(fault=Fault.DOES_NOT_PARSE)
-    return Inspected(group=group, fault=_inspect_group(group, rules))
+    return Inspected(group=group, fault=fault_of(group, rules))
 
 
 def _is_group_id(text: str) -> bool:
@@ -132,7 +132,8 @@ def _is_group_id(text: str) -> bool:
     return 0 < len(text) <= 64 and text.isascii() and text.isprintable() and not text.startswith("!")
 
 
-def _inspect_group(group: ScoredGroup, rules: FormRules) -> Fault | None:
+def fault_of(group: ScoredGroup, rules: FormRules) -> Fault | None:
+    """The rule of form that the group breaks, if any."""
     evaluation = group.purpose is LeasePurpose.EVAL
     if not group.completions:
         return Fault.NO_COMPLETIONS

@@ -8,10 +8,12 @@ Every acknowledged training group is trained exactly once, or dropped once with 
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.learner.admission import fault_of
 from services.learner.batches import TrainGroup
 from services.learner.buffer import Dropped, GroupBuffer, PendingGroup
 from services.learner.data_settings import DataSettings
@@ -19,7 +21,7 @@ from services.learner.dataset import Dataset, PromptOrder
 from services.learner.disk_room import DiskRoom
 from services.learner.evaluation import EvalRound, Evaluation
 from services.learner.intake import Accepted, Intake
-from services.learner.journal import DAMAGED, OLDER_JOURNAL, Journal
+from services.learner.journal import DAMAGED, OLDER_JOURNAL, OTHER_SETTINGS, Journal
 from services.learner.journal_rows import PendingRow
 from services.learner.journal_schema import Recovered
 from services.learner.leases import LeaseTable, Surroundings
@@ -236,13 +238,26 @@ class DataPlane:
         """The groups that wait, without those that may not be trained: these are dropped. A checkpoint is written after
         its version is in the journal, so an `older` journal is a copy that was put beside a newer checkpoint."""
         rows = await self._journal.pending()
-        unfit = [(row.id, OLDER_JOURNAL if older else DAMAGED) for row in rows if older or not row.sound]
+        unfit = await asyncio.to_thread(
+            lambda: {row.id: reason for row in rows if (reason := OLDER_JOURNAL if older else self._unfit(row))}
+        )
+        counts = Counter(unfit.values())
         if older:
-            _log.error("journal_older_than_checkpoint", groups_dropped=len(unfit))
-        elif unfit:
-            _log.error("journal_payloads_damaged", groups_dropped=len(unfit))
-        await self._journal.mark_dropped(unfit, self._step)
-        return [row for row in rows if row.sound and not older]
+            _log.error("journal_older_than_checkpoint", groups_dropped=counts[OLDER_JOURNAL])
+        if counts[DAMAGED]:
+            _log.error("journal_payloads_damaged", groups_dropped=counts[DAMAGED])
+        if counts[OTHER_SETTINGS]:
+            _log.warning("groups_of_other_settings", groups_dropped=counts[OTHER_SETTINGS])
+        await self._journal.mark_dropped(list(unfit.items()), self._step)
+        return [row for row in rows if row.id not in unfit]
+
+    def _unfit(self, row: PendingRow) -> str:
+        """Why this group may not be trained, or ""."""
+        if not row.sound:
+            return DAMAGED
+        group, rules = decode_group(row.payload), self._settings
+        ours = len(group.completions) == rules.leases.group_size and fault_of(group, rules.form) is None
+        return "" if ours else OTHER_SETTINGS
 
     async def advance(self, version: int, root: str) -> None:
         """`version` is published and durable: groups of it are welcome, and there is room for new leases.

@@ -32,8 +32,14 @@ _WAIT_S = 0.02
 _QUEUE = 256
 _ALARMING = frozenset({Fault.ID_REUSE, Fault.UNKNOWN_ROOT, Fault.NEVER_LEASED})
 """What an honest sampler with sound hardware never does."""
-_OF_A_RESTORE = frozenset({Fault.NEVER_LEASED, Fault.OTHER_PROMPT, Fault.OTHER_PURPOSE, Fault.UNKNOWN_ROOT})
-"""What it seems to do where the learner was restored from a backup, and does not know what it said before."""
+_OF_A_START = frozenset(
+    {
+        *(Fault.NEVER_LEASED, Fault.OTHER_PROMPT, Fault.OTHER_PURPOSE, Fault.UNKNOWN_ROOT),
+        *(Fault.PROMPT_TOO_LONG, Fault.COMPLETION_TOO_LONG, Fault.WRONG_GROUP_SIZE, Fault.WRONG_TEMPERATURE),
+    }
+)
+"""What it seems to do where the learner was restored from a backup, and does not know what it said before; or was
+started again with other settings than those that the group was made by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,9 +353,8 @@ class Intake:
             sampler.invalid_streak = 0
         elif row.verdict is VerdictCode.INVALID:
             name = LeaseName.parse(row.lease_id)
-            # A learner that was restored from a backup may not know what it said before: no sampler's fault.
-            forgotten = name is not None and name.learner_epoch != self._sessions.learner_epoch
-            if not (forgotten and row.reason in _OF_A_RESTORE):
+            earlier = name is not None and name.learner_epoch != self._sessions.learner_epoch
+            if not (earlier and row.reason in _OF_A_START):  # else no sampler's fault
                 _raise_streak(sampler)
 
 

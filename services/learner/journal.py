@@ -31,6 +31,8 @@ DAMAGED = "DAMAGED"
 """Why groups do that whose bytes changed on the disk."""
 OLDER_JOURNAL = "OLDER_JOURNAL"
 """Why groups do that which wait in a journal older than the checkpoint: that one may have been trained on them."""
+OTHER_SETTINGS = "OTHER_SETTINGS"
+"""Why groups do that which were drawn by settings that the run had before its learner was started again."""
 
 
 class Journal:

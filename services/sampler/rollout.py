@@ -29,7 +29,7 @@ from services.sampler.spool import Spool
 from services.sampler.tally import Tally
 from services.wire.channel import MESSAGE_BYTES
 from services.wire.convert import encode_group, from_lease, to_session
-from services.wire.types import Completion, Lease, LeasePurpose, ScoredGroup
+from services.wire.types import Completion, Lease, LeasePurpose, SamplingSettings, ScoredGroup
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only; a tokenizer brings transformers
     from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
@@ -220,11 +220,12 @@ class Rollout:
             with self._tally.idle.held_up_by(IdleReason.SPOOL_FULL):
                 await self._spool.room.wait()
             self._started.add(lease.lease_id)
-            generated = await self._generate(lease, token_ids)
+            sampling = self._sampling(lease)  # now: the session may be renewed meanwhile, with other settings
+            generated = await self._generate(lease, token_ids, sampling)
         with self._tally.idle.held_up_by(IdleReason.SCORING):
             async with self._scoring:
                 scores = await self._score(lease, generated)
-        payload = encode_group(_scored_group(lease, token_ids, generated, scores, self._temperature(lease)))
+        payload = encode_group(_scored_group(lease, token_ids, generated, scores, sampling.temperature))
         if len(payload) > _PAYLOAD_BYTES:
             raise _GivenUp("generation_failed", f"a group of {len(payload)} bytes does not fit a message")
         await self._delay()
@@ -247,14 +248,9 @@ class Rollout:
         finally:
             self._delayed -= 1
 
-    async def _generate(self, lease: Lease, token_ids: tuple[int, ...]) -> Generated:
-        settings = self._session.settings
-        evaluating = lease.purpose is LeasePurpose.EVAL
+    async def _generate(self, lease: Lease, token_ids: tuple[int, ...], sampling: SamplingSettings) -> Generated:
         request = GenerateRequest(
-            prompt_token_ids=token_ids,
-            completions=lease.group_size,
-            sampling=settings.eval_sampling if evaluating else settings.sampling,
-            seed=lease.seed,
+            prompt_token_ids=token_ids, completions=lease.group_size, sampling=sampling, seed=lease.seed
         )
         failure = ""
         with self._tally.idle.generating():
@@ -282,10 +278,9 @@ class Rollout:
         self._tally.scored(scores.seconds)
         return scores
 
-    def _temperature(self, lease: Lease) -> float:
+    def _sampling(self, lease: Lease) -> SamplingSettings:
         settings = self._session.settings
-        sampling = settings.eval_sampling if lease.purpose is LeasePurpose.EVAL else settings.sampling
-        return sampling.temperature
+        return settings.eval_sampling if lease.purpose is LeasePurpose.EVAL else settings.sampling
 
     async def _lease(self, count: int) -> list[Lease]:
         """Possibly none. Raises what LearnerSession.call raises."""

@@ -10,14 +10,17 @@ import pytest
 
 from services.learner.admission import Standing
 from services.learner.data_plane import JOURNAL_FILE, DataPlane
+from services.learner.data_settings import DataSettings
 from services.runtime.errors import StorageError
 from services.wire.types import Verdict, VerdictCode
-from tests.support.data_side import Clock, dataset, envelope, group_for, open_plane, root, settings
+from tests.support.data_side import GROUP_SIZE, Clock, dataset, envelope, group_for, open_plane, root, settings
 from tests.support.running_plane import Running
 
 
-async def plane_again(folder: Path, state: dict[str, int | str] | None = None, known_epoch: int = 0) -> DataPlane:
-    plane = await DataPlane.open(folder, settings(), dataset(folder), Clock(), known_epoch=known_epoch)
+async def plane_again(
+    folder: Path, state: dict[str, int | str] | None = None, known_epoch: int = 0, given: DataSettings | None = None
+) -> DataPlane:
+    plane = await DataPlane.open(folder, given or settings(), dataset(folder), Clock(), known_epoch=known_epoch)
     await plane.restore(state)
     return plane
 
@@ -109,3 +112,40 @@ async def test_an_old_lease_excuses_no_rubbish(tmp_path: Path) -> None:
         verdict = await run.submit(envelope(9, group_for((await run.lease(1))[0])))
         assert isinstance(verdict, Verdict)
         assert verdict.code is VerdictCode.QUARANTINED
+
+
+def other_settings() -> DataSettings:
+    """Those of a learner that was started again with another temperature and another group size."""
+    given = settings()
+    return replace(
+        given, form=replace(given.form, temperature=0.5), leases=replace(given.leases, group_size=GROUP_SIZE + 1)
+    )
+
+
+async def test_groups_that_other_settings_drew_are_not_trained_after_a_restart(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        leases = await run.lease(2)
+        await run.answer(*leases)
+    async with Running(await plane_again(tmp_path, given=other_settings())) as run:
+        assert (run.plane.tally.dropped, len(run.plane.buffer)) == ({"OTHER_SETTINGS": 2}, 0)
+        assert run.plane.leases.facts(leases[0].lease_id, "eu-1").standing is Standing.OPEN
+
+
+async def test_groups_on_their_way_when_the_settings_changed_put_no_sampler_into_quarantine(tmp_path: Path) -> None:
+    given = settings(groups_per_step=10)
+    async with Running(await open_plane(tmp_path, given)) as run:
+        await run.plane.advance(0, root(0))
+        held = [group_for(lease) for lease in await run.lease(10)]
+    changed = replace(other_settings(), pacing=given.pacing)
+    async with Running(await plane_again(tmp_path, given=changed)) as run:
+        await run.plane.advance(0, root(0))
+        for seq, group in enumerate(held, 1):
+            size_only = replace(group, temperature=0.5) if seq % 2 else group
+            verdict = await run.submit(envelope(seq, size_only))
+            assert isinstance(verdict, Verdict)
+            assert verdict.reason == ("WRONG_GROUP_SIZE" if seq % 2 else "WRONG_TEMPERATURE")
+        group = group_for((await run.lease(1))[0])
+        verdict = await run.submit(envelope(11, replace(group, temperature=0.5)))
+        assert isinstance(verdict, Verdict)
+        assert verdict.code is VerdictCode.ACCEPTED
