@@ -74,7 +74,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
     state_dir = config.run.state_dir
     state = RunState()
     with locked_directory(state_dir):
-        server = LearnerServer(inputs.address, inputs.credentials)
+        server = LearnerServer(inputs.address, inputs.credentials, config.listen.max_connections)
         _forget_addresses(state_dir)  # of a learner that was killed
         learner = await assemble(process, config, inputs, state)
         parts, plane = learner.parts, learner.parts.plane

@@ -44,6 +44,9 @@ class ListenSection(Section):
     """Serve without TLS: loopback addresses only."""
     metrics_address: OptionalListenKey = ""
     """HOST:PORT of the Prometheus endpoint; empty for none."""
+    max_connections: int = Field(default=256, ge=1, le=100_000)
+    """Most connections at once. A sampler opens 2, and without a relay one more for each of its connect.channels beyond
+    1. One that stalls may take 1.2 MiB of memory."""
 
 
 class PolicySection(Section):

@@ -26,7 +26,7 @@ from services.learner.weight_service import WeightService
 from services.runtime.address import Address
 from services.wire.identity import Identity, Role
 from services.wire.interceptors import HEALTH_RULES, AccessRules, server_interceptors
-from services.wire.server import bind, build_server
+from services.wire.server import MAX_CONNECTIONS, bind, build_server
 
 STOP_GRACE_S = 5.0
 """Streams that did not end by themselves after the drain are cut this much later."""
@@ -69,8 +69,11 @@ def access_rules() -> AccessRules:
 class LearnerServer:
     """Binds at once, so that a port in use ends the start before the model is loaded; serves inside `serving`."""
 
-    def __init__(self, address: Address, credentials: grpc.ServerCredentials | None) -> None:
-        self._server = build_server("learner", server_interceptors(access_rules(), self._is_denied))
+    def __init__(
+        self, address: Address, credentials: grpc.ServerCredentials | None, max_connections: int = MAX_CONNECTIONS
+    ) -> None:
+        interceptors = server_interceptors(access_rules(), self._is_denied)
+        self._server = build_server("learner", interceptors, max_connections)
         self._health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self.address = bind(self._server, address, credentials)

@@ -86,7 +86,7 @@ async def run_relay(config: RelayConfig, process: Process) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(locked_directory(config.cache.dir))
         cache = await asyncio.to_thread(DiskCache, config.cache.dir / "objects", config.cache.max_bytes)
-        server = build_server("relay", server_interceptors(_RULES))
+        server = build_server("relay", server_interceptors(_RULES), config.listen.max_connections)
         health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         address = bind(server, ends.listen, ends.serve)

@@ -30,6 +30,8 @@ class ListenSection(Section):
     """HOST:PORT of the gRPC server; port 0 takes a free one (printed)."""
     insecure: bool = False
     """Serve without TLS: loopback addresses only."""
+    max_connections: int = Field(default=256, ge=1, le=100_000)
+    """Most connections at once; a sampler opens connect.channels. One that stalls may take 1.2 MiB of memory."""
     metrics_address: OptionalListenKey = ""
     """HOST:PORT of the Prometheus endpoint; empty for none."""
     stall_s: float = Field(default=60.0, gt=0)

@@ -76,12 +76,13 @@ class ObjectReader:
                     message = await call.read()
                 if not isinstance(message, weights_pb2.FetchObjectResponse):
                     return
-                _check(message, offset)
-                offset += len(message.data)
+                data = message.data  # once: each look at it is a copy
+                _check(Chunk(offset=message.offset, data=data, crc32c=message.crc32c), offset)
+                offset += len(data)
                 waited_s += self._clock() - began
                 if offset >= reached:
                     waited_s, reached = 0.0, offset + _SMALLEST_PIECE_BYTES
-                yield message.data
+                yield data
         except grpc.aio.AioRpcError as error:
             slow = offset == start and self._clock() - asked_s > _QUICK_SHARE * self._stall_s
             if slow and error.code() is grpc.StatusCode.UNAVAILABLE:
@@ -98,11 +99,11 @@ class ObjectReader:
         self._piece_bytes = max(_SMALLEST_PIECE_BYTES, smaller)
 
 
-def _check(message: weights_pb2.FetchObjectResponse, offset: int) -> None:
+def _check(chunk: Chunk, offset: int) -> None:
     """Raises UnavailableError for a chunk that cannot be used: the read goes on from the bytes before it."""
     try:
-        verify_chunk(Chunk(offset=message.offset, data=message.data, crc32c=message.crc32c), offset)
+        verify_chunk(chunk, offset)
     except CorruptObjectError as error:
         raise UnavailableError(f"a chunk cannot be used: {error}") from error
-    if not message.data:
+    if not chunk.data:
         raise UnavailableError("a chunk is empty")

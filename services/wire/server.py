@@ -1,6 +1,8 @@
 """gRPC servers: their limits, and binding them with one sentence for each way that it fails."""
 
 import errno
+import math
+import resource
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +11,14 @@ from typing import Literal, TypeAlias
 import grpc
 
 from services.runtime.address import Address, require_loopback
-from services.runtime.errors import UnavailableError
+from services.runtime.errors import ConfigError, UnavailableError
 from services.runtime.listening import listen_error
 from services.wire.channel import MESSAGE_BYTES, Option
 
 ServerRole: TypeAlias = Literal["learner", "relay", "reward"]
+
+MAX_CONNECTIONS = 256
+"""As shipped. Each that stalls costs about 1.2 MiB."""
 
 _LIMITS: tuple[Option, ...] = (
     ("grpc.so_reuseport", 0),  # on by default, and two servers then share a port silently
@@ -25,7 +30,6 @@ _LIMITS: tuple[Option, ...] = (
 )
 _WIDE_AREA: tuple[Option, ...] = (
     ("grpc.max_concurrent_streams", 16),  # per connection
-    ("grpc.max_allowed_incoming_connections", 256),
     ("grpc.http2.bdp_probe", 0),  # with the next: [M] 64 stalled uploads hold 78 MiB instead of 1.15 GiB
     ("grpc.http2.lookahead_bytes", MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
@@ -40,14 +44,40 @@ _WIDE_AREA: tuple[Option, ...] = (
 )
 
 
-def server_options(role: ServerRole) -> list[Option]:
+_OTHER_FILES = 256
+"""Open files of a learner or relay beside its connections: objects that are read, the journal, metrics."""
+
+
+def server_options(role: ServerRole, max_connections: int = MAX_CONNECTIONS) -> list[Option]:
     """learner and relay face the Internet; reward is a Unix socket of the same machine."""
-    return [*_LIMITS, *(() if role == "reward" else _WIDE_AREA)]
+    if role == "reward":
+        return [*_LIMITS]
+    return [*_LIMITS, *_WIDE_AREA, ("grpc.max_allowed_incoming_connections", max_connections)]
 
 
-def build_server(role: ServerRole, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
-    """A server without ports: add the services, `bind` it, start it."""
-    return grpc.aio.server(interceptors=list(interceptors), options=server_options(role))
+def build_server(
+    role: ServerRole, interceptors: Sequence[grpc.aio.ServerInterceptor], max_connections: int = MAX_CONNECTIONS
+) -> grpc.aio.Server:
+    """A server without ports: add the services, `bind` it, start it.
+
+    Raises ConfigError where this process may not open as many files as `max_connections` needs.
+    """
+    if role != "reward":
+        _allow_files(max_connections + _OTHER_FILES)
+    return grpc.aio.server(interceptors=list(interceptors), options=server_options(role, max_connections))
+
+
+def _allow_files(count: int) -> None:
+    """Raises the soft limit of open files, which most systems set to 1,024, as far as needed."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if hard < count:
+        raise ConfigError(
+            f"listen.max_connections needs {count} open files, and this process may open {hard}: "
+            "lower it, or raise the limit (ulimit -n, LimitNOFILE=)"
+        )
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, limits[1]))
 
 
 def bind(server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None) -> Address:

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import resource
 import stat
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
@@ -52,6 +54,37 @@ async def test_a_unary_call_is_tried_again_while_the_server_is_unavailable():
     async with serving(Echo(act)) as address, open_channel(address, None, "control", SAMPLER) as channel:
         assert await channel.unary_unary(UNARY)(b"x", timeout=30) == b"x"
     assert len(attempts) == 3
+
+
+async def test_a_server_takes_as_many_connections_as_it_was_told():
+    server = build_server("learner", server_interceptors(RULES), max_connections=2)
+    server.add_generic_rpc_handlers((Echo().handler(),))
+    address = bind(server, LOOPBACK, None)
+    await server.start()
+    async with AsyncExitStack() as stack:
+        first, second, third = [
+            await stack.enter_async_context(open_channel(address, None, "control", SAMPLER)) for _ in range(3)
+        ]
+        for channel in (first, second):
+            assert await channel.unary_unary(UNARY)(b"x", timeout=30) == b"x"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await third.unary_unary(UNARY)(b"x", timeout=30, wait_for_ready=False)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await first.close()
+        assert await third.unary_unary(UNARY)(b"x", timeout=30) == b"x"
+    await server.stop(0)
+
+
+async def test_more_connections_than_files_raise_the_soft_limit_or_are_refused_at_the_hard_one():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (600, limits[1]))
+        build_server("learner", [], max_connections=700)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 700
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(ConfigError, match=r"listen\.max_connections needs .* open files, and this process may open"):
+        build_server("learner", [], max_connections=limits[1])
 
 
 async def test_control_and_bulk_channels_of_one_process_use_connections_of_their_own():
