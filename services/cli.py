@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except HeteroRLError as error:
-        print(f"heterorl {arguments.verb}: {error}", file=sys.stderr)
+        _say(arguments.verb, str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -93,20 +93,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 128 + signal.SIGPIPE
     except MemoryError:
-        print(
-            f"heterorl {arguments.verb}: there is not enough memory: free some, or use a larger machine",
-            file=sys.stderr,
-        )
+        _say(arguments.verb, "there is not enough memory: free some, or use a larger machine")
         return ExhaustedError.exit_code
     except OSError as error:
         if error.filename is None:
             if error.errno not in _WRITE_ERRORS:
                 raise
             _drop_output()
-            print(f"heterorl {arguments.verb}: cannot write: {error.strerror}", file=sys.stderr)
+            _say(arguments.verb, f"cannot write: {error.strerror}")
             return StorageError.exit_code
-        print(f"heterorl {arguments.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        _say(arguments.verb, f"{error.filename}: {error.strerror}")
         return StorageError.exit_code
+
+
+def _say(verb: str, sentence: str) -> None:
+    """A file's name or a peer's words may hold control characters: nobody colours a terminal."""
+    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in sentence)
+    print(f"heterorl {verb}: {''.join(shown)}", file=sys.stderr)
 
 
 def _reader_left() -> bool:

@@ -8,6 +8,7 @@ only file paths.
 """
 
 import argparse
+import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,10 +41,26 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_empty_path(cls, value: object, info: ValidationInfo) -> object:
-        """An empty path would be the current folder, which nobody means who leaves a value empty."""
-        if value == "" and Path in arms(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError("must be a path")
+    def _as_meant(cls, value: object, info: ValidationInfo) -> object:
+        """Refuses what the types let through and nobody means: no path (it would be the current folder), true for a
+        number (it would be 1), text that no message can carry. A path's ~ is the home, as in a shell."""
+        kinds = arms(cls.model_fields[str(info.field_name)].annotation)
+        if Path in kinds and isinstance(value, str):
+            if not value or "\0" in value:
+                raise ValueError("must be a path")
+            return os.path.expanduser(value)
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError("must be a number")
+        if isinstance(value, str) and str in kinds and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("must be UTF-8 text")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_64_bits(cls, value: object) -> object:
+        """Larger ones end a run where they reach a database, a message or a library."""
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise ValueError("must be an integer of 64 bits")
         return value
 
 
@@ -72,8 +89,12 @@ def load(tree: type[TreeT], path: Path | None, overrides: Sequence[str], environ
     if path is not None:
         _require_tables(tree, from_file := read_file(path))
         merge(settings, from_file)
-    top_keys = [name for name, field in tree.model_fields.items() if section_of(field.annotation) is None]
-    for texts in (read_environment(environ, top_keys), read_overrides(overrides)):
+    top_keys = [
+        name
+        for name, field in tree.model_fields.items()
+        if section_of(field.annotation) is None or types.NoneType in arms(field.annotation)
+    ]
+    for texts in (read_environment(environ, top_keys, _all_keys(tree)), read_overrides(overrides)):
         layer = {key: _typed(tree, key, text) for key, text in texts.items()}
         _require_tables(tree, layer)
         merge(settings, layer)

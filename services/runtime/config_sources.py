@@ -36,7 +36,7 @@ class Setting:
         text = str(self.value).strip()
         try:
             return self.with_value(tomllib.loads(f"value = {text}")["value"])
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # TOMLDecodeError, and integers and depths that Python does not read
             return self.with_value([word.strip() for word in text.split(",") if word.strip()])
 
     def place(self, key: KeyPath) -> str:
@@ -56,27 +56,32 @@ def read_file(path: Path) -> dict[KeyPath, Setting]:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {path} is not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigError(f"config file {path} is not valid TOML: its values are nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, and integers of thousands of digits
         reason = str(error).replace("(at ", "at ").removesuffix(")")
         raise ConfigError(f"config file {path} is not valid TOML: {reason}") from None
     setting = Setting(value=None, source=f"file {path}", origin=str(path), text=text)
     return {key: setting.with_value(value) for key, value in _flatten(table).items()}
 
 
-def read_environment(environ: Mapping[str, str], top_keys: Sequence[str]) -> dict[KeyPath, Setting]:
+def read_environment(
+    environ: Mapping[str, str], top_keys: Sequence[str], all_keys: Sequence[str]
+) -> dict[KeyPath, Setting]:
     """HETERORL_SECTION__KEY variables, with the case folded.
 
     A name without `__` may belong to something else (HETERORL_FAILPOINTS): it counts only if it is a
-    top-level key, and is an error if it nearly is one.
+    top-level key, and is an error if it nearly is one, or is one of `all_keys` (dotted) but for an underscore.
     """
+    underscored = {key.replace(".", "_"): PREFIX + key.replace(".", "__").upper() for key in all_keys if "." in key}
     settings: dict[KeyPath, Setting] = {}
     for name in sorted(environ):
         if not name.startswith(PREFIX):
             continue
         key = tuple(name.removeprefix(PREFIX).lower().split("__"))
         if len(key) == 1 and key[0] not in top_keys:
-            if near := get_close_matches(key[0], top_keys, n=1, cutoff=0.75):
-                meant = PREFIX + near[0].upper()
+            near = get_close_matches(key[0], top_keys, n=1, cutoff=0.75)
+            if meant := underscored.get(key[0]) or (PREFIX + near[0].upper() if near else None):
                 raise ConfigError(f"environment variable {name}: unknown key {key[0]}; did you mean {meant}?")
             continue
         origin = f"environment variable {name}"

@@ -41,6 +41,11 @@ def test_an_error_of_ours_becomes_one_sentence_and_its_exit_code(capsys: pytest.
     assert captured.err.count("\n") == 1
 
 
+def test_a_sentence_brings_no_control_characters_to_a_terminal(capsys: pytest.CaptureFixture[str]):
+    assert main(["report", "no\x1b[2J\udcff\u202e"]) == 66
+    assert "no\\x1b[2J\\udcff\\u202e" in capsys.readouterr().err
+
+
 def test_words_that_no_verb_knows_are_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         main(["report", "folder", "--loud"])

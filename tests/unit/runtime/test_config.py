@@ -39,6 +39,8 @@ class Tree(Section):
 
     model: Path
     """Folder of the policy."""
+    name: str = ""
+    """Of the run."""
     seed: int = 0
     """Seed of every random stream."""
     colour: Colour = Colour.RED
@@ -114,6 +116,7 @@ def test_unknown_keys_of_the_environment_and_the_command_line_name_their_origin(
         "option --optimiser.lr: unknown key optimiser; did you mean optimizer?"
     )
     assert "did you mean HETERORL_SEED?" in failure(tmp_path, text, HETERORL_SEEDS="1")
+    assert "did you mean HETERORL_OPTIMIZER__LR?" in failure(tmp_path, text, HETERORL_OPTIMIZER_LR="1")
 
 
 def test_variables_that_are_no_settings_are_left_alone(tmp_path: Path):
@@ -130,6 +133,12 @@ def test_variables_that_are_no_settings_are_left_alone(tmp_path: Path):
         ("optimizer = 3", [], "line 2: optimizer is 3, but must be a table"),
         ("seed = 3", [], "run.toml: seed must be even: use 2 or 4"),
         ("[optimizer]\nbetas = [1, 2, 3]", [], "optimizer.betas is"),
+        ("[optimizer]\nlr = true", [], "line 3: optimizer.lr is True, but must be a number"),
+        ("seed = 9223372036854775808", [], "line 2: seed is 9223372036854775808, but must be an integer of 64 bits"),
+        ("", ["--seed=" + "9" * 5000], "option --seed: seed is"),
+        ("", ["--optimizer.betas=" + "9" * 5000], "option --optimizer.betas: optimizer.betas.0 is"),
+        ("", ["--name=\udcff"], "option --name: name is '\\udcff', but must be UTF-8 text"),
+        ("", ["--model=a\0b"], "option --model: model is 'a\\x00b', but must be a path"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_with_place_value_and_what_is_allowed(
@@ -152,6 +161,8 @@ def test_a_missing_file_broken_toml_and_a_stray_word_have_their_own_errors(tmp_p
         load(Tree, None, ["--verbose"], {})
     with pytest.raises(ConfigError, match="cannot be read"):
         load(Tree, tmp_path, [], {})
+    assert "nested too deeply" in failure(tmp_path, "seed = " + "[" * 100_000)
+    assert "not valid TOML" in failure(tmp_path, "seed = " + "9" * 5000)
 
 
 def test_a_rendered_tree_reads_back_as_the_same_tree(tmp_path: Path):
@@ -208,12 +219,20 @@ def test_a_table_where_a_plain_value_must_stand_is_refused_whatever_stronger_lay
 def test_a_stronger_layer_may_unset_an_optional_table_or_set_it_again(tmp_path: Path):
     text = 'model = "m"\n[tls]\nmax_bytes = 1\n'
     assert run(tmp_path, text, "--tls=none").value.tls is None
+    assert run(tmp_path, text, HETERORL_TLS="none").value.tls is None
     assert run(tmp_path, text, "--tls.max_bytes=2", HETERORL_TLS="none").value.tls == Limits(max_bytes=2)
 
 
 def test_an_empty_path_is_refused_with_its_place(tmp_path: Path):
     assert failure(tmp_path, 'model = ""') == "run.toml, line 1: model is '', but must be a path"
     assert failure(tmp_path, 'model = "m"', "--model=") == "option --model: model is '', but must be a path"
+
+
+def test_the_home_of_a_path_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`state_dir = "~/runs/a"` would be a folder named ~ otherwise."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert run(tmp_path, 'model = "~/m"').value.model == Path("/home/somebody/m")
+    assert run(tmp_path, 'model = "a/~"').value.model == Path("a/~")
 
 
 def test_infinite_numbers_are_refused(tmp_path: Path) -> None:
