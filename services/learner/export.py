@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.learner.export_folder import CARD_NAME, MARK, holds_export, replace_export
+from services.learner.export_folder import CARD_NAME, MARK, holds_export, new_folder, remove_left_over, replace_export
 from services.learner.policy import Policy
 from services.learner.tensor_file import save_tensors
-from services.runtime.files import storage_errors, sync_directory
+from services.runtime.files import storage_errors, sync_directory, sync_files
 from services.wire.delta import Weights
 from services.wire.model_layout import as_in_files
 from services.wire.torch_bits import to_torch
@@ -40,16 +39,18 @@ def export_policy(directory: Path, policy: Policy, weights: Weights, provenance:
     family's published checkpoints.
     """
     with storage_errors(f"export the policy to {directory}"):
+        remove_left_over(directory)
         if holds_export(directory, provenance.root):
             return
         directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+        temporary = new_folder(directory)
         try:
             for name, data in policy.files.items():
                 (temporary / name).write_bytes(_exported_config(data) if name == "config.json" else data)
             _write_weights(temporary, as_in_files(policy.model, weights))
             (temporary / CARD_NAME).write_text(model_card(provenance))
             temporary.chmod(0o755)
+            sync_files(temporary)
             replace_export(directory, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

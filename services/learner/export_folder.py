@@ -40,10 +40,28 @@ def replace_export(directory: Path, temporary: Path) -> None:
     if not directory.exists():
         os.rename(temporary, directory)
         return
-    aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.old."))
+    aside = new_folder(directory)
     os.rename(directory, aside / "old")
     os.rename(temporary, directory)
     shutil.rmtree(aside)
+
+
+def new_folder(directory: Path) -> Path:
+    """An empty one beside `directory`. Raises OSError."""
+    return Path(tempfile.mkdtemp(dir=directory.parent, prefix=_beside(directory)))
+
+
+def remove_left_over(directory: Path) -> None:
+    """What exports to `directory` that were killed left beside it. Raises OSError."""
+    prefix = _beside(directory)
+    if directory.parent.is_dir():
+        for path in directory.parent.iterdir():
+            if path.name.startswith(prefix):
+                shutil.rmtree(path)
+
+
+def _beside(directory: Path) -> str:
+    return f".{directory.name}.export-"
 
 
 def _card(directory: Path) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from services.runtime.errors import DiskFullError, HeteroRLError, StorageError
 
 LOCK_NAME = ".lock"
+_LEFT_OVER = f".*.{'[0-9a-f]' * 16}.tmp"
+"""What `atomic_write` was writing when its process was killed."""
 
 
 @contextlib.contextmanager
@@ -62,24 +64,40 @@ def atomic_write_blocks(
 def sync_directory(directory: Path) -> None:
     """Makes renames and removals in a folder durable. Raises StorageError."""
     with storage_errors(f"sync folder {directory}"):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(directory)
+
+
+def sync_files(directory: Path) -> None:
+    """Makes a folder of files durable, so that it may be given its name. Raises StorageError."""
+    with storage_errors(f"sync folder {directory}"):
+        for path in directory.iterdir():
+            _sync(path)
+        _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def locked_directory(directory: Path) -> Generator[None]:
     """Makes `directory` and owns it while the block runs. Raises StorageError if another process owns it.
 
-    The kernel frees the lock when the process ends, however it ends: no stale lock, no manual step after a crash.
+    What a killed owner was writing there by `atomic_write` is removed. The kernel frees the lock when the process ends,
+    however it ends: no stale lock, no manual step after a crash.
     """
     with storage_errors(f"use folder {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         _take(directory, descriptor)
+        with storage_errors(f"use folder {directory}"):
+            for left_over in directory.glob(_LEFT_OVER):
+                left_over.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)

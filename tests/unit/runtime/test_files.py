@@ -77,6 +77,13 @@ def test_a_folder_can_be_owned_again_after_the_block(tmp_path: Path):
             pass
 
 
+def test_what_a_killed_owner_was_writing_is_removed_by_the_next_and_nothing_else(tmp_path: Path):
+    (tmp_path / ".manifest-key.pem.0123456789abcdef.tmp").touch()
+    (tmp_path / ".mine.tmp").touch()
+    with locked_directory(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".lock", ".mine.tmp"]
+
+
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot use folder"), locked_directory(tmp_path / "file" / "state"):

@@ -1,0 +1,117 @@
+"""What a process leaves on disk that is killed, or whose machine loses power, at any point of a piece of work.
+
+While `watching` a folder it is copied before each operation that makes, renames, removes or syncs something in it: each
+copy is the state of a process that is killed there. What lies in a file that was not synced since it was written is
+lost at a power loss: such a copy has it empty. (Names that were not synced are kept: journalling file systems do so.)
+"""
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrashState:
+    """`promised` is what the work had promised by then."""
+
+    before: str
+    promised: int
+    killed: Path
+    power_lost: Path
+
+
+@dataclass(slots=True, kw_only=True)
+class CrashPoints:
+    """`promised` is set by the work: what must be there from now on."""
+
+    folder: Path
+    copies: Path
+    promised: int = 0
+    states: list[CrashState] = field(default_factory=list[CrashState])
+    _synced: set[tuple[int, int, int]] = field(default_factory=set[tuple[int, int, int]])
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _copying: bool = False
+
+    def reached(self, operation: str, path: Path) -> None:
+        """The operation comes next."""
+        with self._lock:
+            if self._copying or not path.is_relative_to(self.folder) or not self.folder.is_dir():
+                return
+            self._copying = True
+            place = self.copies / f"{len(self.states):04d}"
+            killed, lost = place / "killed" / self.folder.name, place / "lost" / self.folder.name
+            shutil.copytree(self.folder, killed)
+            shutil.copytree(self.folder, lost)
+            for original in self.folder.rglob("*"):
+                if original.is_file() and _facts(original.stat()) not in self._synced:
+                    os.truncate(lost / original.relative_to(self.folder), 0)
+            before = f"{operation} {path.relative_to(self.folder)}"
+            self.states.append(CrashState(before=before, promised=self.promised, killed=killed, power_lost=lost))
+            self._copying = False
+
+    def synced(self, facts: os.stat_result) -> None:
+        with self._lock:
+            self._synced.add(_facts(facts))
+
+
+@contextmanager
+def watching(folder: Path, copies: Path) -> Generator[CrashPoints]:
+    """The points that the block's work passes in `folder`, of all threads."""
+    global _points
+    points = CrashPoints(folder=folder, copies=copies)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", _fsync_of(points, os.fsync))
+        _install()
+        _points = points
+        try:
+            yield points
+        finally:
+            _points = None
+
+
+_points: CrashPoints | None = None
+_installed = False
+
+
+def _install() -> None:
+    """An audit hook stays for the life of the process; without points it does nothing."""
+    global _installed
+    if not _installed:
+        sys.addaudithook(_hook)
+        _installed = True
+
+
+def _hook(event: str, arguments: tuple[object, ...]) -> None:
+    if _points is None or not (event in _CHANGES or event == "open"):
+        return
+    path = arguments[0]
+    if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & _WRITES):
+        return
+    if isinstance(path, str | bytes | os.PathLike):
+        within = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+        base = Path(os.readlink(f"/proc/self/fd/{within}")) if isinstance(within, int) and within >= 0 else Path()
+        _points.reached(event, base / os.fsdecode(path))
+
+
+def _fsync_of(points: CrashPoints, fsync: Callable[[int], None]) -> Callable[[int], None]:
+    def watched(descriptor: int) -> None:
+        points.reached("os.fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        facts = os.fstat(descriptor)
+        fsync(descriptor)
+        points.synced(facts)
+
+    return watched
+
+
+def _facts(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
