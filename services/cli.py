@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from services.runtime.errors import ExhaustedError, HeteroRLError, StorageError
+from services.runtime.terminal import visible
 
 VERBS: dict[str, str] = {
     "learner": "train the policy and serve weights, prompts and acknowledgements",
@@ -107,9 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(verb: str, sentence: str) -> None:
-    """A file's name or a peer's words may hold control characters: nobody colours a terminal."""
-    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in sentence)
-    print(f"heterorl {verb}: {''.join(shown)}", file=sys.stderr)
+    print(f"heterorl {verb}: {visible(sentence)}", file=sys.stderr)
 
 
 def _reader_left() -> bool:

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from services.monitor.client import MonitorClient
     from services.monitor.why import findings
+    from services.runtime.terminal import visible
 
     tls = tls_of(arguments)
 
@@ -23,5 +24,5 @@ def run(arguments: argparse.Namespace) -> int:
             return findings(await client.status())
 
     sentences = asyncio.run(ask())
-    print(json.dumps(sentences) if arguments.json else "\n".join(sentences))
+    print(json.dumps(sentences) if arguments.json else visible("\n".join(sentences)))
     return 0

@@ -11,6 +11,11 @@ from services.runtime.config import Section
 from services.runtime.log import LogSection
 from services.wire.tls import TlsFiles
 
+_MOST = 1_000_000_000
+"""Of what is counted in messages, in 32 bits."""
+_LONGEST_S = 1_000_000
+"""Of times that are milliseconds in messages, in 32 bits."""
+
 
 class RunSection(Section):
     """What the run is called, where it lives, how long it goes."""
@@ -22,7 +27,7 @@ class RunSection(Section):
     steps: int = Field(default=1000, ge=0)
     """Optimizer steps that end the run; 0 runs until it is stopped."""
     seed: int = 0
-    """Seed of prompt order, leases and the trainer."""
+    """Seed of prompt order and of what samplers draw; training itself draws nothing."""
     resume: bool = True
     """Go on from the newest checkpoint in state_dir; false refuses to start on a folder that holds one."""
     export_dir: Path | None = None
@@ -75,7 +80,7 @@ class DataSection(Section):
     """JSONL file of held-out prompts; unset for no evaluation."""
     shuffle: bool = True
     """Shuffle the prompts in every epoch, by run.seed."""
-    max_prompt_tokens: int = Field(default=768, ge=1)
+    max_prompt_tokens: int = Field(default=768, ge=1, le=_MOST)
     """Longer prompts are dropped by the sampler and counted, as are those that fill the model's context."""
     system_prompt: str = ""
     """System message put before each prompt; empty for none."""
@@ -84,15 +89,15 @@ class DataSection(Section):
 class SamplingSection(Section):
     """How samplers draw completions."""
 
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=2, le=_MOST)
     """Completions per prompt, G."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits, at the sampler and at the learner."""
-    max_completion_tokens: int = Field(default=2048, ge=1)
+    max_completion_tokens: int = Field(default=2048, ge=1, le=_MOST)
     """Longest completion, in tokens; one that reaches it is over-long."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus bound; below 1 only with engines that report log-probs of the truncated distribution."""
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, le=_MOST)
     """Most likely tokens kept; 0 is off. Above 0 as for top_p."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Texts that end a completion."""
@@ -109,7 +114,7 @@ class EvalSection(Section):
     """Evaluate the final version before the run ends."""
     prompts: int = Field(default=128, ge=1)
     """Prompts of data.eval used in each round (the first ones)."""
-    samples: int = Field(default=1, ge=1)
+    samples: int = Field(default=1, ge=1, le=_MOST)
     """Completions per prompt."""
     temperature: float = Field(default=0.0, ge=0)
     """Temperature of evaluation; 0 is greedy."""
@@ -138,7 +143,7 @@ class StalenessSection(Section):
 class BatchSection(Section):
     """What one optimizer step consumes."""
 
-    groups_per_step: int = Field(default=32, ge=1)
+    groups_per_step: int = Field(default=32, ge=1, le=_MOST)
     """Groups (prompts) per optimizer step, P; the batch has P × G rows."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens, padding included, in one forward and backward pass; results do not depend on it."""
@@ -189,13 +194,13 @@ class PublishSection(Section):
 class LeaseSection(Section):
     """Prompt leases and sessions."""
 
-    ttl_s: float = Field(default=120.0, gt=0)
+    ttl_s: float = Field(default=120.0, gt=0, le=_LONGEST_S)
     """Time-to-live of a lease without a heartbeat, in seconds."""
-    heartbeat_s: float = Field(default=10.0, gt=0)
+    heartbeat_s: float = Field(default=10.0, ge=0.5, le=_LONGEST_S)
     """Time between a sampler's heartbeats, in seconds."""
-    session_ttl_s: float = Field(default=35.0, gt=0)
+    session_ttl_s: float = Field(default=35.0, gt=0, le=_LONGEST_S)
     """A sampler that is silent for longer is lost, in seconds."""
-    ahead: float = Field(default=0.5, ge=0)
+    ahead: float = Field(default=0.5, ge=0, le=1000)
     """Pacing: groups out or waiting may reach (max_staleness × ahead + 1) × groups_per_step. The rest of the window is
     for links and swaps: at 1 the queue alone uses it up, and groups arrive stale."""
 

@@ -68,7 +68,7 @@ class EngineSection(Section):
     """"auto", "cpu", "cuda" or "cuda:N"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that the engine computes in; auto is float32 on a CPU (twice as fast there) and bfloat16 elsewhere."""
-    max_batch_rows: int = Field(default=128, ge=1)
+    max_batch_rows: int = Field(default=128, ge=1, le=16_384)
     """Most completions generated at the same time."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of the engine; 0 leaves the choice to the library."""
@@ -119,7 +119,7 @@ class SamplerConfig(Section):
     engine: EngineSection = EngineSection()
     reward: RewardSection = RewardSection()
     spool: SpoolSection = SpoolSection()
-    leases: int = Field(default=0, ge=0)
+    leases: int = Field(default=0, ge=0, le=16_384)
     """Leases held at once; 0 takes two engine batches."""
     decode_threads: int = Field(default=2, ge=1)
     """Threads that decode and verify new weights while the engine generates; beside an engine on CPUs fewer cost less

@@ -91,7 +91,11 @@ class Delays:
         """The next delay, clipped."""
         if self._model.kind is DelayKind.NONE:
             return 0.0
-        return min(max(self._draw(), self._model.min_s), self._model.max_s)
+        try:
+            drawn = self._draw()
+        except OverflowError:  # beyond every float: a mu of 1,800, say
+            drawn = math.inf
+        return min(max(drawn, self._model.min_s), self._model.max_s)
 
 
 def _drawer(model: DelayModel, rng: random.Random) -> Callable[[], float]:

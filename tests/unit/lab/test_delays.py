@@ -58,6 +58,11 @@ def test_a_constant_is_constant_and_none_is_nothing() -> None:
     assert draws(3, kind="none") == [0.0] * 3
 
 
+@pytest.mark.parametrize("keys", [{"kind": "lognormal", "mu": 1800.0}, {"kind": "weibull", "shape": 1e-4}])
+def test_a_draw_beyond_every_float_is_the_longest_delay(keys: dict[str, object]) -> None:
+    assert max(draws(100, **keys)) == 1800.0
+
+
 def test_each_sampler_and_each_link_draws_its_own_delays_again_and_again_the_same() -> None:
     first = draws(5, kind="lognormal")
     assert draws(5, kind="lognormal") == first

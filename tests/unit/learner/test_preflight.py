@@ -2,8 +2,11 @@ from contextlib import nullcontext
 
 import pytest
 
+from heterorl.v1 import control_pb2, monitor_pb2, types_pb2
 from services.learner.config import LearnerConfig
 from services.learner.preflight import _warn_of_long_groups
+from services.runtime.config import load
+from services.runtime.errors import ConfigError
 
 
 @pytest.mark.parametrize(("group_size", "longest", "warns"), [(16, 32768, False), (64, 16384, True), (8, 80_000, True)])
@@ -33,3 +36,41 @@ def test_bnpo_is_refused_where_rewards_could_leave_zero_to_one(
     tree = {"loss": loss, "reward": [{"weight": weight} for weight in weights]}
     with nullcontext() if fits else pytest.raises(ValueError, match="between 0 and 1"):
         LearnerConfig.model_validate(tree)
+
+
+COUNTED_IN_MESSAGES = [
+    "data.max_prompt_tokens",
+    "sampling.group_size",
+    "sampling.max_completion_tokens",
+    "sampling.top_k",
+    "eval.samples",
+    "batch.groups_per_step",
+    "lease.ttl_s",
+    "lease.session_ttl_s",
+    "lease.heartbeat_s",
+]
+
+
+@pytest.mark.parametrize("key", COUNTED_IN_MESSAGES)
+def test_what_no_message_can_carry_is_refused_at_the_start(key: str) -> None:
+    """Else each registration is a fault of the learner, and samplers try again for ever."""
+    with pytest.raises(ConfigError, match=rf"{key} is .* less than or equal to 10+"):
+        load(LearnerConfig, None, [f"--{key}={1 << 62}"], {})
+
+
+def test_the_largest_settings_fit_a_message() -> None:
+    words = ["--lease.ttl_s=1e6", "--lease.session_ttl_s=1e6", "--lease.heartbeat_s=8e5"]
+    most = load(LearnerConfig, None, [f"--{key}={10**9}" for key in COUNTED_IN_MESSAGES[:6]] + words, {}).value
+    control_pb2.RunSettings(
+        group_size=most.sampling.group_size,
+        max_staleness=most.staleness.max_staleness,
+        max_prompt_tokens=most.data.max_prompt_tokens,
+        sampling=types_pb2.SamplingSettings(
+            max_completion_tokens=most.sampling.max_completion_tokens, top_k=most.sampling.top_k
+        ),
+    )
+    control_pb2.Lease(group_size=most.eval.samples, ttl_ms=int(most.lease.ttl_s * 1000))
+    control_pb2.RegisterResponse(
+        heartbeat_interval_ms=int(most.lease.heartbeat_s * 1000), session_ttl_ms=int(most.lease.session_ttl_s * 1000)
+    )
+    monitor_pb2.RunStatus(groups_per_step=most.batch.groups_per_step)

@@ -5,6 +5,7 @@ from services.runtime.config import load
 from services.runtime.errors import ConfigError
 from services.sampler.config import RewardSection, SamplerConfig
 from services.sampler.scoring import check_allowed
+from services.wire.convert import from_lease_ids
 
 INSECURE = ["--connect.insecure=true", "--connect.sampler_id=s"]
 CODE = GraderSpec(name="code")
@@ -46,3 +47,12 @@ def test_a_run_whose_graders_this_host_refuses_is_found_out_at_the_start(
         return
     with pytest.raises(ConfigError, match="this sampler cannot score for this run"):
         check_allowed([grader], settings)
+
+
+@pytest.mark.parametrize("key", ["leases", "engine.max_batch_rows"])
+def test_no_sampler_holds_more_leases_than_a_heartbeat_may_name(key: str) -> None:
+    """Two batches of groups of two are a lease for each row."""
+    load(SamplerConfig, None, [*INSECURE, f"--{key}=16384"], {})
+    from_lease_ids([str(number) for number in range(16384)])
+    with pytest.raises(ConfigError, match=f"{key} is '16385', but must be less than or equal to 16384"):
+        load(SamplerConfig, None, [*INSECURE, f"--{key}=16385"], {})
