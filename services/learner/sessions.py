@@ -13,6 +13,9 @@ from services.wire.types import Directive, EngineInfo, SamplerReport, SamplerSta
 
 _QUARANTINE_AFTER = 8
 """Invalid groups in a row that put a sampler into quarantine until it registers again."""
+_MOST_LOST = 256
+"""Lost samplers that are remembered, those seen last: a cloud's hosts come and go under ever new names, and each takes
+its place in every status and every scrape."""
 
 
 class SessionStore(Protocol):
@@ -95,7 +98,14 @@ class Sessions:
             sampler.report = None
             sampler.draining = False
             sampler.invalid_streak = 0
+        self._forget_lost()
         return Session(run_id=self.run_id, sampler_id=sampler_id, learner_epoch=self.learner_epoch, session_epoch=epoch)
+
+    def _forget_lost(self) -> None:
+        """One of these that comes back registers again, and gets a session like any other."""
+        lost = [sampler for sampler in self._samplers.values() if self.is_lost(sampler)]
+        for sampler in sorted(lost, key=lambda sampler: sampler.last_seen, reverse=True)[_MOST_LOST:]:
+            del self._samplers[sampler.sampler_id]
 
     def check(self, session: Session) -> Sampler:
         """The sampler of a current session, marked as seen now.
@@ -156,7 +166,7 @@ class Sessions:
         return self._clock() - sampler.last_seen
 
     def all(self) -> tuple[Sampler, ...]:
-        """Every sampler that registered with this learner process, by id."""
+        """Every sampler that registered with this learner process, by id; of lost ones those seen last."""
         return tuple(self._samplers[name] for name in sorted(self._samplers))
 
     def find(self, sampler_id: str) -> Sampler | None:

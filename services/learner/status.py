@@ -86,7 +86,7 @@ class Observed:
             groups_accepted=sampler.groups_accepted,
             tokens_accepted=sampler.tokens_accepted,
             restarts=sampler.restarts,
-            bytes_sent=self.traffic.of(sampler.sampler_id).bytes_sent,
+            bytes_sent=self.traffic.bytes_sent_to(sampler.sampler_id),
             hostname=sampler.hostname,
             logprob_mismatch=mismatch.mean if mismatch else 0.0,
             logprob_mismatch_max=mismatch.largest if mismatch else 0.0,
@@ -138,7 +138,7 @@ class Observed:
             groups=sampler.groups_accepted,
             tokens=sampler.tokens_accepted,
             restarts=sampler.restarts,
-            bytes_received=self.traffic.of(sampler.sampler_id).bytes_sent or report.weights_bytes_received,
+            bytes_received=self.traffic.bytes_sent_to(sampler.sampler_id) or report.weights_bytes_received,
         )
 
 

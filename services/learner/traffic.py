@@ -9,6 +9,11 @@ _REMEMBERED = 4096
 """Objects and versions that are remembered of a receiver; a keyframe of 100 GB has some 1,600 objects."""
 
 
+_MOST_RECEIVERS = 1024
+"""Receivers that are known by name; those that asked for nothing for longest are counted together under "", which is no
+name: a cloud's hosts come and go under ever new ones."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Receiver:
     """One sampler or relay, over all its connections."""
@@ -32,12 +37,32 @@ class Traffic:
         self._clock = clock
         self._receivers: dict[str, Receiver] = {}
 
+    def bytes_sent_to(self, name: str) -> int:
+        """0 for one that is not known by name."""
+        receiver = self._receivers.get(name)
+        return 0 if receiver is None else receiver.bytes_sent
+
     def of(self, name: str) -> Receiver:
-        return self._receivers.setdefault(name, Receiver())
+        """New where it is not known by name."""
+        receiver = self._receivers.get(name)
+        if receiver is None:
+            receiver = self._receivers[name] = Receiver()
+            self._forget_idle()
+        return receiver
+
+    def _forget_idle(self) -> None:
+        while len(self._receivers) > _MOST_RECEIVERS:
+            name = next(name for name in self._receivers if name)
+            others, gone = self._receivers.setdefault("", Receiver()), self._receivers.pop(name)
+            others.bytes_sent += gone.bytes_sent
+            others.versions_fetched += gone.versions_fetched
+            others.bytes_full += gone.bytes_full
 
     def planned(self, name: str, root: str, object_ids: Iterable[str], full_bytes: int) -> None:
         """Notes what a receiver was told to fetch, to count a version when the first of it is fetched."""
-        planned = self.of(name).planned
+        receiver = self.of(name)
+        self._receivers[name] = self._receivers.pop(name)  # to the end, as below
+        planned = receiver.planned
         for object_id in object_ids:
             planned.pop(object_id, None)  # to the end: what was planned longest ago is forgotten first
             planned[object_id] = (root, full_bytes)
@@ -97,6 +122,7 @@ class Traffic:
     def restore(self, state: dict[str, list[int]]) -> None:
         for name, (sent, versions, full) in state.items():
             self._receivers[name] = Receiver(bytes_sent=sent, versions_fetched=versions, bytes_full=full)
+        self._forget_idle()
 
 
 def _forget_oldest(entries: dict[str, tuple[str, int]] | dict[str, None]) -> None:

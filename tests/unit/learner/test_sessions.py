@@ -127,3 +127,20 @@ async def test_a_spool_of_another_run_is_remembered_with_the_session() -> None:
     assert known.check(await known.register("eu-1", spool_id="s", last_run_id="run")).foreign_spool == ""
     assert known.check(await known.register("eu-1", spool_id="s", last_run_id="walk")).foreign_spool == "s"
     assert known.check(await known.register("eu-1", spool_id="s")).foreign_spool == ""
+
+
+async def test_of_samplers_that_come_and_go_under_ever_new_names_the_last_ones_are_remembered() -> None:
+    clock = Clock()
+    known = sessions(Store(), clock)
+    here = await known.register("eu-1")
+    spot = [await known.register("spot-0")]
+    for number in range(1, 400):
+        clock.advance(1.0)
+        known.check(here)
+        spot.append(await known.register(f"spot-{number}"))
+    names = [sampler.sampler_id for sampler in known.all()]
+    assert len(names) < 300
+    assert {"eu-1", "spot-399", "spot-200"} < set(names)
+    with pytest.raises(SessionLostError, match="register again"):
+        known.check(spot[0])
+    assert (await known.register("spot-0")).session_epoch == 2

@@ -62,3 +62,18 @@ async def test_what_a_receiver_gave_up_waiting_for_is_not_taken_from_its_budget(
         waiting.cancel()
         await asyncio.wait([waiting])
     assert abs(traffic.of("a").free_at_s - 100.01) < 1e-6
+
+
+def test_receivers_that_come_and_go_under_ever_new_names_are_counted_together() -> None:
+    traffic = Traffic(0.0)
+    for number in range(3000):
+        for name in ("eu-1", f"spot-{number}"):
+            traffic.planned(name, f"root-{number}", [f"object-{number}"], 10)
+            assert traffic.opened(name, f"object-{number}")
+            traffic.of(name).bytes_sent += 1
+    assert len(traffic.state()) <= 1024
+    assert (traffic.bytes_sent, traffic.bytes_full) == (6000, 60_000)
+    assert (traffic.bytes_sent_to("eu-1"), traffic.bytes_sent_to("spot-0")) == (3000, 0)
+    again = Traffic(0.0)
+    again.restore(traffic.state())
+    assert (again.state(), again.bytes_sent) == (traffic.state(), 6000)
