@@ -24,7 +24,7 @@ _UNKNOWN = -1
 
 
 class Recomputer:
-    """Not safe for two calls at once. `versions`: how many of the newest are held."""
+    """`versions`: how many of the newest are held. `hold` may be called while `recomputed` goes on in its thread."""
 
     def __init__(
         self, policy: Policy, *, temperature: float, autocast: bool, versions: int, micro_batch_tokens: int
@@ -37,9 +37,8 @@ class Recomputer:
 
     def hold(self, version: int, weights: Weights) -> None:
         """Keeps a published version; the oldest is forgotten. `weights` must not change afterwards."""
-        self._held[version] = weights
-        for old in sorted(self._held)[: -self._versions]:
-            del self._held[old]
+        newest = sorted({*self._held, version})[-self._versions :]
+        self._held = {number: weights if number == version else self._held[number] for number in newest}
 
     def recomputed(self, groups: Sequence[TrainGroup], batch: RowBatch) -> tuple[RowBatch, float]:
         """The batch with recomputed sampler log-probs, and the share of tokens that have them.
@@ -50,17 +49,18 @@ class Recomputer:
         version_BT = _versions(groups, inputs.mask_BT)
         logprobs_BT = inputs.sampler_logprobs_BT.clone()
         done_BT = torch.zeros_like(inputs.mask_BT)
-        for version in sorted(self._held.keys() & set(version_BT.unique().tolist())):
+        held = self._held
+        for version in sorted(held.keys() & set(version_BT.unique().tolist())):
             of_version_BT = version_BT == version
-            self._load(version)
+            self._load(held[version])
             self._fill(batch, of_version_BT, logprobs_BT)
             done_BT |= of_version_BT
         share = float(done_BT.sum()) / max(1, int(inputs.mask_BT.sum()))
         return replace(batch, loss_inputs=replace(inputs, sampler_logprobs_BT=logprobs_BT)), share
 
     @torch.no_grad()
-    def _load(self, version: int) -> None:
-        incoming = to_torch(self._held[version])
+    def _load(self, weights: Weights) -> None:
+        incoming = to_torch(weights)
         for name, parameter in self._policy.parameters().items():
             parameter.copy_(incoming[name])
 

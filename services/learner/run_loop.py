@@ -29,8 +29,6 @@ from services.learner.trainer import Trainer
 from services.runtime.errors import DiskFullError, HeteroRLError
 from services.runtime.failpoints import hit
 from services.runtime.log import get_logger
-from services.wire.delta import Weights
-from services.wire.delta.codec import Comparison
 from services.wire.types import Prompt
 
 NONFINITE = "NONFINITE"
@@ -68,7 +66,7 @@ class RunLoop:
         self._saved_step = parts.state.step if parts.checkpoints.steps() else -1
         self._nonfinite = 0
         on_device = parts.config.publish.diff_on_device and parts.policy.device.type == "cuda"
-        self._snapshots = Snapshots(parts.policy, on_device=on_device)
+        self._snapshots = Snapshots(parts.policy, on_device=on_device, workers=parts.config.publish.workers)
         self._evaluating: asyncio.Task[None] | None = None
         self._publishing: asyncio.Task[None] | None = None
         """At most one version is on its way out, while the next step computes."""
@@ -117,9 +115,8 @@ class RunLoop:
         hit("step.after_mark_trained")
         p.state.step = step
         p.state.mismatch.update(result.mismatch)
-        weights, comparison = await asyncio.to_thread(self._snapshots.take)
-        p.trainer.published(step, weights)
-        next_batch = await self._publish_and_take(self._publish(step, weights, comparison, result.metrics))
+        await asyncio.to_thread(self._snapshots.take)
+        next_batch = await self._publish_and_take(self._publish(step, result.metrics))
         if self._due(p.config.checkpoint.every_steps):
             await self._published()
             await self._checkpoint_in_between()
@@ -150,11 +147,12 @@ class RunLoop:
         if publishing is not None:
             await publishing
 
-    async def _publish(
-        self, step: int, weights: Weights, comparison: Comparison | None, metrics: dict[str, float]
-    ) -> None:
+    async def _publish(self, step: int, metrics: dict[str, float]) -> None:
+        """The snapshot that was taken."""
         p = self._p
         room = p.plane.room
+        weights, comparison = await asyncio.to_thread(self._snapshots.finish)
+        p.trainer.published(step, weights)
         published = await room.until_written("version", lambda: p.publisher.publish(step, weights, comparison))
         await room.until_written("version", lambda: p.plane.advance(step, published.root))
         if published.update_bytes:

@@ -1,22 +1,24 @@
 """The encoder's questions, answered by torch where the weights lie: from a GPU only what changed comes over.
 
     masters ─► bf16 bits on the device ─┬─ compare, compact ─► positions, differences ─► host: base + differences = new
-               base bits on the device ─┘  exponents, ranks ─► per group, for xc
+               base bits on the device ─┘  exponents, ranks ─► per group, for xc         (later, off the training path)
 
 The same code runs on any device, and gives the same bytes as the host's path bit for bit.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from services.wire.delta.decode import allocate
 from services.wire.delta.exponents import EXPONENT_SHIFT
 from services.wire.delta.layout import Chunk, gather
 from services.wire.delta.members import SAMPLE_STRIDE, Exponents
 from services.wire.delta.sparse import Changes, add_to, concatenated
-from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Positions, Weights
+from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, Positions, Weights, forms_of
 from services.wire.torch_bits import CARRIER, DTYPES
 
 SCAN_ELEMENTS = 64 << 20
@@ -36,6 +38,11 @@ def device_bits(tensors: Mapping[str, torch.Tensor], names: Sequence[str], dtype
         cast = tensor.to(dtype=target, copy=True, memory_format=torch.contiguous_format)
         found[name] = cast.reshape(-1).view(CARRIER[ITEM_BYTES[DTYPES[target]]])
     return found
+
+
+def compare(base_bits: DeviceBits, new_bits: DeviceBits) -> dict[str, Changes]:
+    """What changed, by tensor, on the host: all that crosses the bus."""
+    return {name: scan_on_device(bits, new_bits[name]) for name, bits in base_bits.items()}
 
 
 def scan_on_device(base: torch.Tensor, new: torch.Tensor) -> Changes:
@@ -79,14 +86,18 @@ class DeviceComparison:
         return gather(self.new, chunk)
 
 
-def compare(base: Weights, base_bits: DeviceBits, new_bits: DeviceBits) -> DeviceComparison:
-    """`new` on the host is the base with what changed: the rest of it does not cross the bus."""
-    found = {name: scan_on_device(base_bits[name], new_bits[name]) for name in base}
-    new: dict[str, BitTensor] = {}
-    for name, tensor in base.items():
-        bits = np.empty_like(tensor.bits)
-        add_to(bits, tensor.bits, found[name].positions, found[name].differences)
-        new[name] = BitTensor(dtype=tensor.dtype, shape=tensor.shape, bits=bits)
+def comparison_of(
+    base: Weights, base_bits: DeviceBits, found: Mapping[str, Changes], workers: int = 1
+) -> DeviceComparison:
+    """Makes the newer version on the host: the base with what changed. Blocks for a copy of the weights."""
+    new = allocate(forms_of(base))
+    with ThreadPoolExecutor(workers, thread_name_prefix="snapshot") as pool:
+        jobs = [
+            pool.submit(add_to, new[name].bits, base[name].bits, changes.positions, changes.differences)
+            for name, changes in found.items()
+        ]
+        for job in jobs:
+            job.result()
     return DeviceComparison(base=base, new=new, base_bits=base_bits, found=found)
 
 

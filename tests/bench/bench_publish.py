@@ -92,16 +92,17 @@ async def measure(folder: Path, pairs: int, tokens: int) -> dict[str, object]:
     groups = [group(draws, max(1, tokens // ROWS // 2)) for _ in range(2)]
     for _ in range(3):  # Adam's first steps change every weight
         trainer.step(groups)
-    await publisher.publish(0, snapshots.take()[0])
+    snapshots.take()
+    await publisher.publish(0, snapshots.finish()[0])
     rows: list[dict[str, float]] = []
     for pair in range(pairs):
         row: dict[str, float] = {}
         for publishing in (False, True) if pair % 2 else (True, False):
             cpu, began = time.process_time(), time.perf_counter()
             if publishing:
-                weights, comparison = await asyncio.to_thread(snapshots.take)
+                await asyncio.to_thread(snapshots.take)
                 row["snapshot"] = time.perf_counter() - began
-                task = asyncio.create_task(publisher.publish(pair + 1, weights, comparison))
+                task = asyncio.create_task(publisher.publish(pair + 1, *snapshots.finish()))
                 await asyncio.to_thread(trainer.step, groups)
                 row["with_publishing"] = time.perf_counter() - began
                 row["publish"] = (await task).seconds

@@ -13,7 +13,8 @@ from services.wire.delta import root_of
 def test_snapshots_by_difference_are_the_whole_copies(policy_dir: Path) -> None:
     policy = load_policy(PolicySection(path=policy_dir, device="cpu"))
     snapshots = Snapshots(policy, on_device=True)
-    first, comparison = snapshots.take()
+    snapshots.take()
+    first, comparison = snapshots.finish()
     assert comparison is None
     roots = [root_of(first)]
     base = first
@@ -21,10 +22,18 @@ def test_snapshots_by_difference_are_the_whole_copies(policy_dir: Path) -> None:
         with torch.no_grad():
             for tensor in policy.model.parameters():
                 tensor += 1e-3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(step))
-        weights, comparison = snapshots.take()
+        snapshots.take()
+        expected = root_of(policy.wire_weights())
+        with torch.no_grad():  # the next step goes on meanwhile
+            saved = [tensor.clone() for tensor in policy.model.parameters()]
+            for tensor in policy.model.parameters():
+                tensor.fill_(9.0)
+            weights, comparison = snapshots.finish()
+            for tensor, value in zip(policy.model.parameters(), saved, strict=True):
+                tensor.copy_(value)
         assert comparison is not None
         assert comparison.base is base
-        assert root_of(weights) == root_of(policy.wire_weights())
+        assert root_of(weights) == expected
         roots.append(root_of(weights))
         base = weights
     assert root_of(first) == roots[0], "an earlier snapshot does not change"
@@ -33,6 +42,11 @@ def test_snapshots_by_difference_are_the_whole_copies(policy_dir: Path) -> None:
 
 def test_without_a_device_every_snapshot_is_a_copy(policy_dir: Path) -> None:
     policy = load_policy(PolicySection(path=policy_dir, device="cpu"))
-    weights, comparison = Snapshots(policy, on_device=False).take()
-    assert comparison is None
-    assert root_of(weights) == root_of(policy.wire_weights())
+    snapshots = Snapshots(policy, on_device=False)
+    for _ in range(2):
+        with torch.no_grad():
+            next(policy.model.parameters()).mul_(1.5)
+        snapshots.take()
+        weights, comparison = snapshots.finish()
+        assert comparison is None
+        assert root_of(weights) == root_of(policy.wire_weights())

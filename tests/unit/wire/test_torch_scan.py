@@ -12,7 +12,7 @@ from services.wire.delta import BitTensor, Codec, apply_update, iter_encode, lay
 from services.wire.delta.exponents import EXPONENT_SHIFT, HostExponents
 from services.wire.delta.sparse import scan
 from services.wire.torch_bits import to_bits, to_torch
-from services.wire.torch_scan import DeviceExponents, compare, device_bits, scan_on_device
+from services.wire.torch_scan import DeviceExponents, compare, comparison_of, device_bits, scan_on_device
 from tests.unit.learner.weights_of_tests import open_shop
 from tests.unit.wire.delta.samples import model, normal_bf16, nudged, same, tensor
 
@@ -39,7 +39,7 @@ def test_both_paths_make_the_same_bytes(codec: Codec, density: float, monkeypatc
             for weights in (base, new)
         )
     )
-    comparison = compare(base, base_bits, new_bits)
+    comparison = comparison_of(base, base_bits, compare(base_bits, new_bits), workers=2)
     assert same(dict(comparison.new), new)
     facts = {"run_id": "r", "base_version": 0, "target_version": 1, "base_root": root_of(base), "codec": codec}
     host = list(iter_encode(base, new, **facts))  # type: ignore[arg-type]
@@ -95,9 +95,8 @@ async def test_the_publisher_takes_a_comparison_only_with_its_own_baseline(tmp_p
     shop = open_shop(tmp_path)
     await shop.publisher.publish(0, versions[0])
     bits = [{"w": torch.from_numpy(weights["w"].bits.view(np.int16).copy())} for weights in versions]
-    first = compare(versions[0], bits[0], bits[1])
+    first, stale = (comparison_of(versions[0], bits[0], compare(bits[0], bits[n])) for n in (1, 2))
     await shop.publisher.publish(1, first.new, first)
-    stale = compare(versions[0], bits[0], bits[2])
     await shop.publisher.publish(2, stale.new, stale)
     assert [row.root for row in shop.versions.rows.values()] == [root_of(weights) for weights in versions[:3]]
     weights: dict[str, BitTensor] | None = versions[0]
