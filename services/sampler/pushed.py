@@ -122,12 +122,12 @@ class PushedObjects:
         call = self._sources.learner.stub.FollowUpdate(request, wait_for_ready=True)
         try:
             while isinstance(message := await call.read(), weights_pb2.FollowUpdateResponse):
-                ref = from_object(message.object)
-                most_bytes -= len(message.data)
-                if len(message.data) != ref.size_bytes or most_bytes < 0:
+                ref, data = from_object(message.object), message.data
+                most_bytes -= len(data)
+                if len(data) != ref.size_bytes or most_bytes < 0:
                     break
-                await asyncio.to_thread(self._cache.put, ref, message.data)
-                self._sources.received_bytes["learner"] += len(message.data)
+                await asyncio.to_thread(self._cache.put, ref, data)
+                self._sources.received_bytes["learner"] += len(data)
                 update.take(ref)
                 self._sign_s = time.monotonic()
                 self._sign.set()
