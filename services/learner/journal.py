@@ -169,7 +169,10 @@ class Journal:
                 "UPDATE groups SET trained_step = NULL, staleness = NULL WHERE trained_step > ?", (step,)
             )
             connection.execute(
-                "UPDATE groups SET dropped_step = NULL, dropped_reason = NULL WHERE dropped_step > ?", (step,)
+                # By an index: a scan would read all payloads' pages, minutes of a large journal at each start.
+                "UPDATE groups SET dropped_step = NULL, dropped_reason = NULL WHERE purpose = 1 AND verdict = 1 "
+                "AND reason = '' AND dropped_reason > '' AND dropped_step > ?",
+                (step,),
             )
             connection.execute(
                 "UPDATE groups SET dropped_step = ?, dropped_reason = ? WHERE verdict = 1 AND purpose = 1 "

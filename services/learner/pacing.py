@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 _WEIGHT = 0.3
 """Of the newest measurement in the running means."""
+_MOST_SAMPLERS = 1024
+"""Whose delays are remembered, those that delivered last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,9 @@ class Pacing:
 
     def delivered(self, sampler_id: str, delay_s: float) -> None:
         """A group arrived `delay_s` after it was granted."""
-        self._delays[sampler_id] = _mean(self._delays.get(sampler_id), delay_s)
+        self._delays[sampler_id] = _mean(self._delays.pop(sampler_id, None), delay_s)
+        if len(self._delays) > _MOST_SAMPLERS:
+            del self._delays[next(iter(self._delays))]
 
     def needed_version(self, sampler_id: str, version: int, out: int, waiting: int) -> int | None:
         """Oldest policy that a group granted now may be written with; None when it would be stale in any case."""

@@ -17,6 +17,8 @@ METRICS_NAME = "metrics.jsonl"
 SUMMARY_NAME = "summary.json"
 
 _READ_BYTES = 1 << 16
+_EVAL_KEY = "eval_round"
+"""Only an evaluation's line has it; its step is the version that the round began with."""
 
 _log = get_logger("learner.records")
 
@@ -61,9 +63,14 @@ class Records:
         """Forgets what came after `step`: the learner was restored, and takes those steps again."""
         with storage_errors(f"read {self._path}"):
             text = self._path.read_bytes() if self._path.is_file() else b""
-        records = (_parse(line) for line in text.splitlines())
-        kept = [record.line() for record in records if record is not None and record.step <= step]
-        atomic_write(self._path, b"".join(kept))
+        lines, kept = text.splitlines(keepends=True), list[bytes]()
+        while lines:
+            record = _parse(lines.pop())
+            if record is not None and record.step <= step:
+                kept.insert(0, record.line())
+                if _EVAL_KEY not in record.metrics:
+                    break  # what stands before a step's line is of earlier steps: a long run's would take minutes
+        atomic_write(self._path, b"".join((*lines, *kept)))
 
     async def follow(self, from_step: int) -> AsyncIterator[Record]:
         """*Consumes* nothing; *waits for* new records; *produces* all from `from_step` on, in order; endless;

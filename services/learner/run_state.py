@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -44,6 +45,8 @@ PHASES = {
     Activity.PAUSE: Phase.PAUSED,
     Activity.FINISH: Phase.FINISHING,
 }
+_MOST_RATIOS = 4096
+"""Versions whose median a status shows: it is computed anew for each."""
 _IN_TRAINING = (Activity.WAIT_GROUPS, Activity.TRAIN, Activity.PUBLISH, Activity.CHECKPOINT, Activity.PAUSE)
 
 
@@ -67,8 +70,8 @@ class RunState:
     """Optimizer steps taken; equals the version that the newest of them makes."""
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     evals: list[EvalPoint] = field(default_factory=list[EvalPoint])
-    ratios: list[float] = field(default_factory=list[float])
-    """Full size / update size of every version that was a delta."""
+    ratios: deque[float] = field(default_factory=lambda: deque[float](maxlen=_MOST_RATIOS))
+    """Full size / update size of the newest versions that were deltas."""
     mismatch: dict[str, Mismatch] = field(default_factory=dict[str, Mismatch])
     """Of the last step with rows of staleness 0, by sampler."""
     restarts: int = 0
@@ -125,7 +128,7 @@ class RunState:
         return {
             "wall_s": self.wall_s,
             "seconds": self.seconds,
-            "ratios": self.ratios,
+            "ratios": [*self.ratios],
             "restarts": self.restarts,
             "evals": [{name: getattr(point, name) for name in EvalPoint.__dataclass_fields__} for point in self.evals],
         }
@@ -136,7 +139,7 @@ class RunState:
         self._prior_wall_s = cast(float, saved["wall_s"])
         for name, spent in cast("Mapping[str, float]", saved["seconds"]).items():
             self._seconds[Activity(name)] = self._seconds.get(Activity(name), 0.0) + spent
-        self.ratios = [*cast("list[float]", saved["ratios"])]
+        self.ratios.extend(cast("list[float]", saved["ratios"]))
         self.restarts = cast(int, saved["restarts"]) + 1
         self.evals = [
             EvalPoint(

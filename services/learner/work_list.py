@@ -1,6 +1,6 @@
 """Every prompt that the run wants answered: open, out, waiting to be granted (again), or given up."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from services.learner.dataset import PromptOrder
@@ -12,6 +12,8 @@ _MAX_GRANTS = 8
 _MAX_DROPS = 3
 """A prompt whose groups came too late so often is given up: it is slower than the staleness bound allows."""
 
+_MOST_DROPPED = 16_384
+"""Prompts whose drops are remembered, those dropped first forgotten first: few of them come so late again."""
 _ENOUGH_CALLERS = 2
 """Samplers that must call a prompt unusable, where there are so many."""
 
@@ -26,7 +28,7 @@ class WorkList:
         self._open: dict[str, Work] = {}
         self._train: deque[str] = deque()
         self._eval: deque[str] = deque()
-        self._drops: Counter[int] = Counter()
+        self._drops: dict[int, int] = {}
         self._called_unusable: dict[str, set[str]] = {}
         self._unusable: set[str] = set()
         self.following = 0
@@ -122,8 +124,10 @@ class WorkList:
 
     def reopen(self, number: int) -> None:
         """The accepted group of this training prompt was dropped."""
-        self._drops[number] += 1
-        if self._drops[number] < _MAX_DROPS and f"t{number}" not in self._open:
+        drops = self._drops[number] = self._drops.pop(number, 0) + 1
+        if len(self._drops) > _MOST_DROPPED:
+            del self._drops[next(iter(self._drops))]
+        if drops < _MAX_DROPS and f"t{number}" not in self._open:
             self.put_back([self._open_training(number)])
 
     def give_up(self, work: Work) -> None:

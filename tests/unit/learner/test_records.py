@@ -46,6 +46,16 @@ async def test_a_restored_run_forgets_later_steps_and_a_line_that_was_cut(tmp_pa
     assert await read(again, 0, 3) == [record(1), record(2), record(3, loss=1.0)]
 
 
+def test_a_restored_run_keeps_an_evaluation_that_ended_after_the_steps_that_it_forgets(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = Records(path)
+    evaluation = record(2, eval_round=1.0)
+    for one in (record(1), record(2), record(3), evaluation, record(4), record(4, eval_round=2.0)):
+        records.append(one)
+    records.rewind_to(2)
+    assert path.read_bytes() == b"".join(one.line() for one in (record(1), record(2), evaluation))
+
+
 def test_a_line_that_does_not_fit_the_disk_leaves_no_half(tmp_path: Path) -> None:
     records = Records(tmp_path / "metrics.jsonl")
     records.append(record(1))
