@@ -24,12 +24,12 @@ VERBS: dict[str, str] = {
     "health": "ask a service whether it serves",
     "top": "watch a run live in the terminal",
     "why": "say in words why a run is slow or stuck",
-    "report": "write a run's report.html and summary.json",
+    "report": "write a run's report.html",
     "demo": "train a tiny policy over an emulated wide-area network, all on this machine",
     "loss": "evaluate a loss on cases from a file",
     "lab": "experiments: staleness, theory, replay",
     "weights": "diff, apply, inspect and verify weight deltas",
-    "admin": "drain, evict, pause or resume",
+    "admin": "drain or evict a sampler; pause, resume or stop a run",
     "pki": "make certificates",
     "config": "show the resolved configuration, or a commented default file",
 }
@@ -67,7 +67,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Exit codes: docs/operations.md."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no error
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((word for word in words if word in VERBS), None)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "evict":
             action.add_argument("--allow", action="store_true", help="let the id back instead")
         if name in ("pause", "stop"):
-            action.add_argument("--reason", default="", help="for the log and for status")
+            action.add_argument("--reason", default="", help="for the learner's log")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the results (runs/demo)")
-    parser.add_argument("--steps", type=int, default=None, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps (100)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, sampling and training")
     parser.add_argument("--loss", default="gepo", help="loss to train with (gepo)")
     parser.add_argument(

@@ -11,8 +11,8 @@ from services.wire.tls import TlsFiles
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", required=True, metavar="ADDRESS", help="HOST:PORT, or unix:///path of a socket")
-    for name, what in (("ca", "authority"), ("certificate", "our certificate"), ("key", "its private key")):
-        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"PEM file of the {what}")
+    for name, what in (("ca", "the authority"), ("certificate", "our certificate"), ("key", "its private key")):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"PEM file of {what}")
     parser.add_argument("--json", action="store_true", help='print {"address": …, "serving": …}')
 
 

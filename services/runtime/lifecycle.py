@@ -32,7 +32,7 @@ class Process:
     def __init__(self, tasks: asyncio.TaskGroup, log: Logger) -> None:
         self.tasks = tasks
         self.drain = asyncio.Event()
-        """Set by the first SIGTERM or SIGINT, or by `request_drain`: finish what is in flight, then return."""
+        """Set by the first SIGTERM, SIGINT or SIGHUP, or by `request_drain`: finish what is in flight, then return."""
         self._log = log
 
     def ready(self, status: str) -> None:
@@ -72,6 +72,9 @@ async def _supervise(main: Callable[[Process], Awaitable[None]], log: Logger) ->
         process = Process(tasks, log)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _on_signal, process, number)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            # The terminal went away. The kernel and the shell may both say so: the second one means no more.
+            loop.add_signal_handler(signal.SIGHUP, process.request_drain, signal.SIGHUP.name)
         interval_s = systemd.watchdog_interval_s()
         watchdog = tasks.create_task(_watch(interval_s)) if interval_s is not None else None
         await main(process)

@@ -53,7 +53,7 @@ async def start(*arguments: str, **environ: str) -> asyncio.subprocess.Process:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_signal_drains_and_ends_with_zero(number: signal.Signals):
     process = await start()
     process.send_signal(number)
@@ -71,6 +71,28 @@ async def test_a_second_signal_ends_at_once():
     _, err = await process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert b"second SIGTERM: ending at once" in err
+
+
+async def test_a_terminal_that_goes_away_drains_however_often_it_is_told_and_not_under_nohup():
+    process = await start("hang")
+    assert process.stdout is not None
+    process.send_signal(signal.SIGHUP)
+    assert await process.stdout.readline() == b"drained\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    _, err = await process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert b"SIGHUP" not in err.splitlines()[-1]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a child inherits it
+    try:
+        process = await start()
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    out, err = await process.communicate()
+    assert (process.returncode, out) == (0, b"drained\n")
+    assert b"SIGHUP" not in err
 
 
 async def test_an_error_after_the_drain_is_one_sentence_with_its_exit_code():
