@@ -11,7 +11,7 @@ import grpc
 from heterorl.v1 import monitor_pb2, monitor_pb2_grpc
 from services.runtime.address import parse_target
 from services.runtime.errors import HeteroRLError, MismatchError, UnavailableError
-from services.wire.channel import open_channel
+from services.wire.channel import open_channel, route_to
 from services.wire.credentials import channel_credentials
 from services.wire.errors import from_rpc_error
 from services.wire.identity import Identity, Role
@@ -72,7 +72,7 @@ def unanswered(target: str, error: grpc.aio.AioRpcError) -> HeteroRLError:
         return from_rpc_error(error)
     reason = error.details() if error.code() is grpc.StatusCode.UNAVAILABLE else None
     return UnavailableError(
-        f"{target} does not answer: is it running, and do its certificates fit ours?"
+        f"{route_to(parse_target(target))} does not answer: is it running, and do its certificates fit ours?"
         + (f" ({reason})" if reason else "")
     )
 

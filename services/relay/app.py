@@ -28,7 +28,7 @@ from services.runtime.files import locked_directory
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
 from services.runtime.metrics import Metrics
-from services.wire.channel import open_channel
+from services.wire.channel import open_channel, route_to
 from services.wire.credentials import channel_credentials, server_credentials
 from services.wire.expiry import tell_of_expiry
 from services.wire.identity import Identity, Role, require_id
@@ -108,7 +108,7 @@ async def run_relay(config: RelayConfig, process: Process) -> None:
             RelayCollector(cache=cache, upstream=upstream, plans=plans, bodies=bodies, service=service)
         )
         stack.enter_context(metrics.served(config.listen.metrics_address))
-        link = Link(channel=control, upstream=upstream, name=str(ends.upstream))
+        link = Link(channel=control, upstream=upstream, name=route_to(ends.upstream))
         beside = [
             process.tasks.create_task(work) for work in (upstream.watch(), link.report(), tell_of_expiry(config.tls))
         ]

@@ -15,12 +15,13 @@ from services.runtime.log import get_logger
 _WARN_AFTER_S = 5.0
 """A learner that restarts, or a link that blinks, is no news."""
 _REPEAT_S = 60.0
+_SILENT = "it announces no version: is it a relay that has no learner, or that leads back here?"
 
 _log = get_logger("relay.upstream")
 
 
 class Link:
-    """Upstream is reached while the channel is connected and the watch is not turned away. `name` is for the log."""
+    """Upstream is reached while the channel is connected and the watch brings announcements. `name` is for the log."""
 
     def __init__(
         self,
@@ -60,18 +61,19 @@ class Link:
                 change.cancel()
 
     async def _look(self, ready: bool) -> None:
+        now_s = self._clock()
         if ready and not self._ready:
             self._upstream.trouble = ""  # that of an earlier connection
+            self._warn_at_s = max(self._warn_at_s, now_s + self._warn_after_s)  # the first announcement is under way
         self._ready = ready
-        if ready and not self._upstream.trouble:
+        if ready and self._upstream.connected:
             self._reached()
             return
-        now_s = self._clock()
         if self._away_since_s is None:
             self._away_since_s, self._warn_at_s = now_s, now_s + self._warn_after_s
         if now_s < self._warn_at_s:
             return
-        reason = self._upstream.trouble if ready else await self._upstream.unreachable_because()
+        reason = (self._upstream.trouble or _SILENT) if ready else await self._upstream.unreachable_because()
         if not reason or (not ready and self._channel.get_state() is grpc.ChannelConnectivity.READY):
             return  # it came back while we asked
         self._said, self._warn_at_s = False, now_s + self._repeat_s

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ _TIMEOUT_S = 10.0
 _JITTER = 0.2
 _PAUSED_INTERVAL_S = 2.0
 """A paused sampler asks for no leases, so only a heartbeat can tell it to go on or to go home."""
+_ASK_WHY_S = 30.0
+"""By then keepalive has found that a connection is dead, and gRPC knows why there is no new one."""
+_REPEAT_S = 60.0
 
 
 class Heartbeat:
@@ -43,6 +47,7 @@ class Heartbeat:
         drain: Callable[[], None],
         news: asyncio.Event,
         draw: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._control = control
         self._session = session
@@ -53,7 +58,9 @@ class Heartbeat:
         self._drain = drain
         self._news = news
         self._draw = draw
+        self._clock = clock
         self._answered = True
+        self._ask_why_at_s = 0.0
         self.rollout: Rollout | None = None
         """Set when groups can be made; before that the sampler reports STARTING."""
         self.draining = False
@@ -73,17 +80,21 @@ class Heartbeat:
             self._news.clear()
 
     async def beat(self) -> None:
-        """One report, and its directives carried out. A learner that does not answer is logged once, and waited for."""
+        """One report, and its directives carried out. A learner that does not answer is logged and waited for; a report
+        now and then does not wait, so that it fails with gRPC's reason why nobody is reached."""
         report = self.report()
+        ask_why = not self._answered and self._clock() >= self._ask_why_at_s
+        timeout_s = _TIMEOUT_S if ask_why else min(_TIMEOUT_S, self._session.heartbeat_interval_s * 2)
         try:
             answer = await self._session.call(
                 lambda session: self._control.Heartbeat(
-                    to_heartbeat(session, report), timeout=min(_TIMEOUT_S, self._session.heartbeat_interval_s * 2)
+                    to_heartbeat(session, report), timeout=timeout_s, wait_for_ready=False if ask_why else None
                 )
             )
         except (UnavailableError, ExhaustedError) as error:
-            if self._answered:
-                _log.warning("learner_silent", error=error)
+            if self._answered or ask_why:
+                _log.warning("learner_silent", learner=self._session.learner, error=error)
+                self._ask_why_at_s = self._clock() + (_ASK_WHY_S if self._answered else _REPEAT_S)
             self._answered = False
             self._session.check_patience()
             return

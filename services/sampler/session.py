@@ -20,6 +20,7 @@ from services.runtime.errors import (
 )
 from services.runtime.log import get_logger
 from services.sampler.spool import Spool
+from services.wire.channel import route_to
 from services.wire.convert import from_run_settings, from_session, to_engine
 from services.wire.errors import peer_error
 from services.wire.types import PROTOCOL_VERSION, EngineInfo, RunSettings, Session
@@ -54,7 +55,8 @@ class LearnerSession:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._control = control
-        self._learner = learner
+        self.learner = route_to(learner)
+        """Its address, for people."""
         self._sampler_id = sampler_id
         self._spool = spool
         self._engine = engine
@@ -85,20 +87,24 @@ class LearnerSession:
         than before, or settings that need a new process), RefusedError (identity), FencedError.
         """
         backoff = Backoff(uniform=lambda _, longest: longest * self._draw())
-        _log.info(f"registering with learner {self._learner}", learner=self._learner)
+        _log.info(f"registering with learner {self.learner}", learner=self.learner)
         while True:
             try:
                 response = await self._control.Register(self._request(), timeout=_TIMEOUT_S, wait_for_ready=False)
                 break
             except grpc.aio.AioRpcError as rpc_error:
                 error = peer_error(rpc_error)
+                if rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise MismatchError(
+                        f"{self.learner} answers, and is no learner of this version: is it a relay or an older learner?"
+                    ) from None
                 if not isinstance(error, UnavailableError | ExhaustedError):
                     raise error from None
             wait_s = max(backoff.next_delay_s(), 0.1)
             after = "patience has ended" if self._out_of_patience else f"next try in {wait_s:.1f} s"
             _log.warning(
-                f"learner {self._learner} does not answer, {after}",
-                learner=self._learner,
+                f"learner {self.learner} does not answer, {after}",
+                learner=self.learner,
                 error=error,
             )
             self.check_patience()
@@ -135,7 +141,7 @@ class LearnerSession:
         """Raises UnavailableError when the learner has been silent for longer than connect.give_up_s."""
         if self._out_of_patience:
             raise UnavailableError(
-                f"learner {self._learner} has not answered for {self._silent_s:.0f} s: is it running?"
+                f"learner {self.learner} has not answered for {self._silent_s:.0f} s: is it running?"
             )
 
     @property
@@ -172,7 +178,7 @@ class LearnerSession:
         self._last_contact = time.monotonic()
         _log.info(
             "registered",
-            learner=self._learner,
+            learner=self.learner,
             run_id=session.run_id,
             learner_epoch=session.learner_epoch,
             session_epoch=session.session_epoch,

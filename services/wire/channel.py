@@ -4,8 +4,11 @@ A sampler opens two channels, control and bulk, so that heartbeats do not queue 
 104 ms separate). It keeps both open: a cold one costs about 0.7 s and slow start.
 """
 
+import ipaddress
 import json
+import os
 from typing import Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import grpc
 
@@ -77,7 +80,7 @@ def open_channel(
     address = str(target)
     options = channel_options(kind, None if credentials is not None else identity)
     local = address.startswith("unix:") if isinstance(target, str) else target.is_loopback
-    if local:
+    if local or isinstance(target, str) or not proxy_to(target.host):
         options.append(("grpc.enable_http_proxy", 0))  # an http_proxy variable must not lead local calls astray
     if credentials is not None:
         return grpc.aio.secure_channel(address, credentials, options=options)
@@ -86,3 +89,39 @@ def open_channel(
     elif not local:
         raise UsageError(f"{target!r} is not unix:///path")
     return grpc.aio.insecure_channel(address, options=options)
+
+
+def route_to(target: Address) -> str:
+    """The address for people: with the proxy, where the environment sets one between us and it."""
+    proxy = "" if target.is_loopback else proxy_to(target.host)
+    return f"{target} (through the proxy of {proxy})" if proxy else str(target)
+
+
+def proxy_to(host: str) -> str:
+    """The variable that makes gRPC dial `host` through an HTTP proxy, as `https_proxy=http://10.0.0.9:3128`, without a
+    password; empty where none does. As gRPC reads them, but that no_proxy may be `*`, which most programs know."""
+    name = _first_set("grpc_proxy", "https_proxy", "http_proxy")
+    try:
+        proxy = urlsplit(os.environ.get(name, ""))
+        if proxy.scheme != "http" or not proxy.hostname:
+            return ""
+    except ValueError:
+        return ""
+    spared = os.environ.get(_first_set("no_grpc_proxy", "no_proxy"), "")
+    if any(_spares(entry.strip(), host) for entry in spared.split(",")):
+        return ""
+    return f"{name}={proxy.scheme}://{proxy.netloc.rpartition('@')[2]}"
+
+
+def _first_set(*names: str) -> str:
+    return next((name for name in names if name in os.environ), "")
+
+
+def _spares(entry: str, host: str) -> bool:
+    """Whether an entry of no_proxy names the host: a suffix of its name, a network that its address is in, or all."""
+    if entry == "*" or (entry and host.lower().endswith(entry.lower())):
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return False

@@ -14,6 +14,7 @@ from services.runtime.errors import (
     DiskFullError,
     FencedError,
     HeteroRLError,
+    MismatchError,
     SessionLostError,
     StorageError,
     UnavailableError,
@@ -23,7 +24,7 @@ from services.sampler.spool import Spool
 from services.wire.channel import open_channel
 from services.wire.convert import to_session
 from services.wire.types import GraderSpec, Session
-from tests.support.scripted_learner import RUN_ID, SETTINGS, registered, serving
+from tests.support.scripted_learner import RUN_ID, SETTINGS, ScriptedControl, Served, registered, serving
 
 
 @pytest.fixture
@@ -123,3 +124,14 @@ async def test_an_absent_learner_is_tried_again_until_patience_ends(
     assert tries
     assert all("learner 127.0.0.1:1 does not answer, next try in" in line for line in tries)
     assert last == "learner 127.0.0.1:1 does not answer, patience has ended"
+
+
+async def test_a_relay_where_the_learner_should_be_is_named(spool: Spool) -> None:
+    server = grpc.aio.server()
+    address = Address(host="127.0.0.1", port=server.add_insecure_port("127.0.0.1:0"))
+    await server.start()
+    async with open_channel(address, None, "control") as channel:
+        served = Served(address=address, channel=channel, control=ScriptedControl())
+        with pytest.raises(MismatchError, match=f"127.0.0.1:{address.port} answers, and is no learner .* a relay"):
+            await registered(served, spool)
+    await server.stop(0)

@@ -15,7 +15,12 @@ class Scripted:
     def __init__(self) -> None:
         self.state = grpc.ChannelConnectivity.TRANSIENT_FAILURE
         self.trouble = ""
+        self.silent = False
         self.reason = "connection refused"
+
+    @property
+    def connected(self) -> bool:
+        return self.state is grpc.ChannelConnectivity.READY and not self.trouble and not self.silent
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         return self.state
@@ -87,3 +92,15 @@ async def test_an_upstream_that_comes_back_while_the_reason_is_asked_for_is_no_w
     site = Site(caplog)
     site.far.reason = ""
     assert await site.pass_time(10, ready=False) == []
+
+
+async def test_an_upstream_that_announces_nothing_is_not_reached(caplog: pytest.LogCaptureFixture):
+    """A relay whose learner is away, or two relays that are each other's upstream."""
+    site = Site(caplog)
+    site.far.silent = True
+    assert await site.pass_time(4, ready=False) == []
+    assert await site.pass_time(5, ready=True) == [], "the first announcement may be under way"
+    assert await site.pass_time(55, ready=True) == [AWAY]
+    assert "announces no version" in site.records[-1].__dict__["heterorl_facts"]["reason"]
+    site.far.silent = False
+    assert await site.pass_time(1, ready=True) == [BACK]
