@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 
 from services.reward import sandbox
 from services.reward.graders.base import Verdict
+from services.reward.graders.extract import said_at_last
 from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
 from services.runtime.errors import ScoreError
@@ -152,7 +153,10 @@ class CodeGrader:
         return sandbox.run(program, limits)
 
     def _program(self, completion: str) -> str | None:
-        completion = completion.replace("\r\n", "\n")
+        said = said_at_last(completion.replace("\r\n", "\n"))
+        if said is None:
+            return None
+        completion = said
         blocks = [
             (match["language"].lower(), match["body"]) for match in _FENCE.finditer(completion) if match["closed"]
         ]

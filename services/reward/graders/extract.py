@@ -17,10 +17,14 @@ CLEAN_CHARS_MAX = 2000
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(
-    r"\b(?:(?:final\s+)?answer|(?:correct|right|best)\s+(?:option|choice))\b\s*(?:\([^()\n]{0,20}\)\s*)?"
-    r"(?:\*\*?|__)?[^\S\n]*(?:is\b[^\S\n]*:?|:|=)(?:[^\S\n]*(?:\*\*?|__?)(?=\s))?\s*",
-    re.IGNORECASE,
+    r"(?:\b(?:(?:final\s+)?answer|(?:correct|right|best)\s+(?:option|choice))\b\s*(?:\([^()\n]{0,20}\)\s*)?"
+    r"(?:\*\*?|__)?[^\S\n]*(?:is\b[^\S\n]*:?|:|=)"
+    # "**Final Answer**" on a line of its own.
+    r"|^[#>*_ \t]*(?:final[ \t]+)?answer(?=[*_ \t]*\n))(?:[^\S\n]*(?:\*\*?|__?)(?=\s))?\s*",
+    re.IGNORECASE | re.MULTILINE,
 )
+_ANSWER_HEADING = re.compile(r"[*_\s]*(?:final\s+)?answer[*_:\s]*", re.IGNORECASE)
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _HEADING = re.compile(r"\s*[*_]*[A-Za-z]{3}")
 _TAG = "<answer>"
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations: 5*2=<<5*2=10>>10
@@ -42,7 +46,9 @@ _SPELLINGS = {
     "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "²": "^2", "³": "^3",
     "×": "\\times ", "·": "\\cdot ", "÷": "/",
     "\\varnothing": "\\emptyset", "∅": "\\emptyset", "∞": "\\infty", "π": "\\pi",
-    "\\leqslant": "\\leq", "\\geqslant": "\\geq", "≤": "\\leq ", "≥": "\\geq ",
+    "\\leqslant": "\\leq", "\\geqslant": "\\geq", "≤": "\\leq ", "≥": "\\geq ", "≈": "\\approx ",
+    "\\langle": "(", "\\rangle": ")", "{:}": ":", "\\mathrm{i}": " i",
+    **dict.fromkeys(("\\bf", "\\rm", "\\large", "\\Large", "\\LARGE", "\\huge", "\\Huge"), ""),
     "\\lbrace": "\\{", "\\rbrace": "\\}", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
     **{one: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", one).split("⁄")) for one in FRACTION_SIGNS},
 }  # fmt: skip
@@ -59,6 +65,8 @@ _WRAPPED = re.compile(
     r"\s*\{\s*([^{}]*)\}"
 )
 _DIGITS_ALONE = re.compile(r"[-+$\\]*[\d.,:/]*\d[\d.,:/]*\s*(?:\\?%)?\s*")
+_REPEATING = re.compile(r"(?<=[\d.])\\(?:dot\s*\{(\d)\}(\d*)\\dot\s*\{(\d)\}|(?:dot|bar)\s*\{(\d+)\})")
+_ROW_GAP = re.compile(r"(?<=\\\\)\[-?[\d.]+\s?[a-z]{2}\]")  # of a matrix: \\[4pt]
 _HALF_DAY = re.compile(r"\b([AaPp])\.\s?([Mm])\b\.?")
 # A unit written as a fraction: \frac{\text{m}}{\text{s}} is \text{m/s}.
 _UNIT_FRACTION = re.compile(r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}")
@@ -135,40 +143,75 @@ def is_heading(line: str) -> bool:
     return _HEADING.match(line) is not None
 
 
+def is_answer_heading(line: str) -> bool:
+    """Whether what stands behind `####` says only that the answer follows: "#### Final Answer"."""
+    return _ANSWER_HEADING.fullmatch(line) is not None
+
+
 def tagged_answer(text: str) -> tuple[int, str] | None:
     """Where the last `<answer>` stands and the text in it, which a stop string may have left open; None without one."""
     position = text.rfind(_TAG)
     return None if position < 0 else (position, text[position + len(_TAG) :].split("</answer>", 1)[0])
 
 
+def why_prose(gold: str) -> str | None:
+    """Why a reference answer that is no plain words is no expression either, or None: its letters would be factors."""
+    words = _WORD.findall(_WRAPPED.sub(" ", gold))
+    return "it is a sentence: mark the answer in it by #### or \\boxed{}" if len(words) >= 6 else None
+
+
+def said_at_last(text: str) -> str | None:
+    """What stands behind the thoughts, which `</think>` ends; None if they never end.
+
+    What thoughts try out is not the answer, whatever they put into a box.
+    """
+    rest = text.rpartition("</think>")[2]
+    return None if "<think>" in rest else rest
+
+
 def phrase_answer(text: str) -> str | None:
-    """What follows the last "answer is", "answer:" or "answer =", up to the end of the sentence."""
+    """What follows the last "answer is", "answer:" or "answer =", up to the end of the sentence.
+
+    None too where it heads a solution of several lines, whose first sentence is not the answer.
+    """
     last = None
     tail = text[-TAIL_CHARS:]
     for match in _PHRASE.finditer(tail):
         last = match
     if last is None:
         return None
-    rest = _EMPHASIS.sub("", _CALCULATOR.sub("", tail[last.end() :].split("\n", 1)[0]))
+    display = _MATH.match(tail, last.end())
+    if display is not None and (display["display"] or display["square"]):
+        return display[0]
+    line, _, below = tail[last.end() :].partition("\n")
+    if "\n" in last[0] and _WORD.search(line) and below.strip():
+        return None
+    rest = _EMPHASIS.sub("", _CALCULATOR.sub("", line))
     end = _SENTENCE_END.search(rest)
     return rest[: end.start()] if end else rest
 
 
 def formulas(text: str) -> list[str]:
     """The contents of each `$...$`, `\\(...\\)` and `\\[...\\]` near the end of `text`."""
-    return [match[match.lastgroup or 0] for match in _MATH.finditer(text[-TAIL_CHARS:])]
+    tail = text[-TAIL_CHARS:]
+    if len(tail) < len(text) and "\n" in tail:
+        tail = tail.partition("\n")[2]  # a line cut in two may begin inside of a formula
+    return [match[match.lastgroup or 0] for match in _MATH.finditer(tail)]
 
 
 def clean(text: str) -> str:
     """One spelling for what LaTeX and Unicode write in several ways; drops wrappers and the full stop at the end."""
-    text = text[:CLEAN_CHARS_MAX].strip()
+    text = re.sub(r",\\!\s*(?=\d{3})", ",", text[:CLEAN_CHARS_MAX].strip())
+    text = _REPEATING.sub(r"\\overline{\1\2\3\4}", _ROW_GAP.sub("", text))
     text = _SPELLING.sub(lambda match: _SPELLINGS[match[0]], text)
     text = _ROOT_SIGN.sub(r"\\sqrt{\1}", text)
     text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _COLOR.sub("", _HALF_DAY.sub(r"\1\2", text)))
     before = None
     while before != text:
         before = text
-        text = text.strip().rstrip(".,;:").strip() if not text.endswith(("\\,", "\\;", "\\:")) else text[:-2].strip()
+        text = text.strip().removeprefix("\\approx")
+        thin = text.endswith(("\\,", "\\;", "\\:"))
+        text = (text[:-2] if thin else text.rstrip(".,;:。，；：")).strip()
         for opening, closing in _WRAPPERS:
             inner = text[len(opening) : -len(closing)]
             if (

@@ -20,7 +20,7 @@ _FACTORIAL = re.compile(r"(\d+)[\s)}]*!")
 _CHAINED_FACTORIAL = re.compile(r"![\s)}]*!")
 _EXPRESSION_FACTORIAL = re.compile(r"(?:\^|\*|\\times|\\cdot)[^!]{0,200}[)}]\s*!")
 _BINOMIAL = re.compile(r"\\[dt]?binom[^=,;]{0,40}?(?:\d{5}|\^)")
-_ITERATED = re.compile(r"\\(?:sum|prod|int|iint|iiint|oint|lim)(?![A-Za-z])")
+ITERATED = re.compile(r"\\(?:sum|prod|int|iint|iiint|oint|lim)(?![A-Za-z])")
 
 
 def too_big(text: str) -> str | None:
@@ -42,7 +42,7 @@ def too_big(text: str) -> str | None:
         return f"a factorial above {FACTORIAL_MAX}!"
     if _CHAINED_FACTORIAL.search(text) or _EXPRESSION_FACTORIAL.search(text) or _BINOMIAL.search(text):
         return "a factorial of an expression"
-    if _ITERATED.search(text):
+    if ITERATED.search(text):
         return "an unevaluated sum, product, integral or limit"
     return None
 

@@ -28,7 +28,8 @@ class MathOptions(Section):
     which: Literal["last", "first", "all"] = "last"
     """Which box counts if there are several; all: every one must be right."""
     answer_after: str = ""
-    """Only text behind the last occurrence of this counts, for example "</think>"; without one there is no answer."""
+    """Only text behind the last occurrence of this counts; without one there is no answer. Empty: what stands behind
+    "</think>", if there is one, and a "<think>" that never ends has no answer."""
     tolerance: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Relative error that a plain number may have, also where the reference answer is a root or has π in it."""
     percent: Literal["as_unit", "exact"] = "as_unit"
@@ -64,7 +65,8 @@ class MathGrader:
         gold = read_gold(request.answer, self._options.extract == "choice")
         text = self._relevant(request)
         if text is None:
-            return Verdict(reward=0.0, extracted=None, reason=f"no {self._options.answer_after} before an answer")
+            missing = self._options.answer_after or "</think>"
+            return Verdict(reward=0.0, extracted=None, reason=f"no {missing} before an answer")
         raw = self._candidates(text, gold)
         if isinstance(raw, str):
             return Verdict(reward=0.0, extracted=None, reason=raw)
@@ -82,7 +84,7 @@ class MathGrader:
             text = text[len(request.prompt) :]
         marker = self._options.answer_after
         if not marker:
-            return text
+            return extract.said_at_last(text)
         return text.rpartition(marker)[2] if marker in text else None
 
     def _candidates(self, text: str, gold: Gold) -> list[str] | str:
@@ -112,6 +114,8 @@ class MathGrader:
         marker = extract.hash_answer(text) if hashed else None
         if marker is not None and (not found or found[-1].start < marker[0]):
             # "#### Step 2: add them up" heads a section, if an answer is stated below it.
+            if extract.is_answer_heading(marker[1]):
+                return _unmarked(text[marker[0] + 4 :].lstrip("#"), gold)
             stated = _phrase(text[marker[0] :], gold) if extract.is_heading(marker[1]) else None
             return stated or [marker[1]]
         if not found:
@@ -143,7 +147,7 @@ class MathGrader:
                 return "no option is stated"
             return None if letters == gold.letters else "another option than the reference answer"
         if gold.words is not None:
-            return None if words.plain_words(answer) == gold.words else "other words than the reference answer"
+            return None if words.same_words(gold.words, answer) else "other words than the reference answer"
         number = quantity.read_quantity(answer)
         if number is None and gold.number is not None:
             number = quantity.read_quantity(_named_value(answer))
@@ -164,7 +168,10 @@ class MathGrader:
 
 @lru_cache(maxsize=1024)
 def read_gold(answer: str, is_choice: bool) -> Gold:
-    """Reads a reference answer: GSM8K's (after ####), MATH's (boxed), or the answer alone. Raises ScoreError."""
+    """Reads a reference answer: GSM8K's (after ####), MATH's (boxed), behind "the answer is", or the answer alone.
+
+    Raises ScoreError.
+    """
     text = _gold_text(answer)
     if not answer.strip():
         raise ScoreError("The reference answer is empty.")
@@ -187,7 +194,7 @@ def read_gold(answer: str, is_choice: bool) -> Gold:
     plain = words.gold_words(text)
     if plain is not None:
         return Gold(text=text, letters=None, number=None, words=plain)
-    reason = symbolic.why_unparsable(text)
+    reason = extract.why_prose(text) or symbolic.why_unparsable(text)
     if reason is not None:
         raise ScoreError(f"The reference answer {text!r:.80} cannot be graded: {reason}.")
     return Gold(text=text, letters=None, number=None, words=None)
@@ -200,6 +207,9 @@ def _gold_text(answer: str) -> str:
     found = extract.boxes(answer)
     if found:
         return extract.clean(extract.last_boxes_joined(answer, found) or "")
+    stated = extract.phrase_answer(answer)
+    if stated is not None:
+        return extract.clean(phrases.within(stated, number_wanted=True))
     return extract.clean(answer) if len(answer) <= extract.CLEAN_CHARS_MAX else ""
 
 
@@ -229,7 +239,7 @@ def _last_line(text: str) -> list[str] | str:
 
 
 def _named_value(answer: str) -> str:
-    """ "5" of "x = 5" and of "\\text{Total} = 5"; the text itself if no name stands before the equals sign."""
-    name, equals, value = answer.rpartition("=")
+    """ "5" of "x = 5", "x \\approx 5" and "\\text{Total} = 5"; the text itself if no name stands before the sign."""
+    name, equals, value = answer.replace("\\approx", "=").rpartition("=")
     named = equals and len(name) <= 40 and "=" not in name and not any(one.isdigit() for one in name)
     return value.strip() if named and not any(one in name for one in "+*/^<>!,") else answer

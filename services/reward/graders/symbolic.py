@@ -20,7 +20,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
-from services.reward.graders.guard import balanced, too_big
+from services.reward.graders.guard import ITERATED, balanced, too_big
 from services.reward.graders.units import is_unit, unit_words
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _TRAILING_UNIT = re.compile(
     r"(?P<unit>(?:\\(?:text|mathrm|mbox|textbf|textrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|°"
     r"|\s[A-Za-z]{2,}(?:\^\{?[23]\}?)?)\s*)$"
 )
+_TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{\s*([^{}]*?)\s*\}")
 _NUMERIC_SIDE = re.compile(r"(?:[\d\s.,+*/()^{}\-]|\\(?:frac|sqrt|cdot|times|pi|div))+")
 _LISTED = re.compile(r"[,;]|\b(?:or|and)\b|\\(?:vee|lor|wedge|land|quad|qquad)(?![A-Za-z])|\\\\")
 _PRIME_OF_NUMBER = re.compile(r"\d\s*['\"]")
@@ -45,7 +46,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 def same_expression(gold: str, answer: str) -> str | None:
     """None if cleaned `answer` is equal to cleaned `gold`, else why not. `gold` must pass `why_unparsable`."""
-    if _squeezed(gold) == _squeezed(answer):
+    answer = _unnamed(gold, answer)
+    if _squeezed(_unwrapped(gold)) == _squeezed(_unwrapped(answer)):
         return None
     reason = _malformed(answer)
     if reason is not None:
@@ -65,7 +67,11 @@ def same_expression(gold: str, answer: str) -> str | None:
     if not _brackets_agree(gold, answer):
         return "another kind of bracket than the reference answer"
     answer = answer.split("\\approx")[0].strip()
-    if len(_EQUALS.findall(answer)) > 1 and _LISTED.search(answer) and not (_LISTED.search(gold) or _kind(gold)):
+    if (
+        len(_EQUALS.findall(answer)) > 1
+        and _LISTED.search(answer)
+        and not (_LISTED.search(gold) or _kind(gold) or "\\pm" in gold)
+    ):
         return "several values where one is asked"
     for side in _sides(gold, answer):
         if not _verified(gold, side):
@@ -105,6 +111,19 @@ def _malformed(text: str) -> str | None:
 
 def _squeezed(text: str) -> str:
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
+def _unwrapped(text: str) -> str:
+    wrapped = _TEXT.fullmatch(text)
+    return wrapped[1] if wrapped is not None else text
+
+
+def _unnamed(gold: str, answer: str) -> str:
+    """ "7" of "\\lim_{x \\to 0} f(x) = 7": what names the value need not be computed."""
+    name, equals, value = answer.rpartition("=")
+    bounds = re.sub(r"_\{[^{}]*\}", "", name)
+    named = equals and "=" not in bounds + gold and ITERATED.search(name) and not _LISTED.search(value)
+    return value.strip() if named else answer
 
 
 def _without_unit(text: str) -> tuple[str, frozenset[str]]:

@@ -32,8 +32,6 @@ _SPELLINGS: dict[str, str] = {
     "week": "week weeks",
     "month": "month months",
     "year": "year years yr yrs",
-    "mph": "mph",
-    "kph": "kph kmh",
     "square": "square sq",
     "cubic": "cubic cu",
 }
@@ -46,16 +44,18 @@ _NOT_UNITS_LINE = """pi e i or and mod modulo to sqrt sin cos tan log ln exp inf
     doubled tripled halved wrong incorrect false"""
 _NOT_UNITS = frozenset(_NOT_UNITS_LINE.split())
 _TEMPERATURE = re.compile(r"(?:\^\{?\\circ\}?|°)\s*([CF])(?![A-Za-z])")
+_SPEED = re.compile(r"\b([mk])(?:ph|mh)\b")
 _SCALE_OF = {"C": "celsius", "F": "fahrenheit"}
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mbox|mathit|operatorname)\s*\{([^{}]*)\}")
-_WORD = re.compile(r"\^\{?\\circ\}?|\\[%$]|[%°$¢€£]|[A-Za-z]+|[²³]|\^\{?[23]\}?")
+_WORD = re.compile(r"\^\{?\\circ\}?|\\[%$]|[%°$¢€£]|[A-Za-z]+|[²³]|\^\{?-?[123]\}?")
 # 5^2 is a power, 5 cm^2 an area.
 _EXPONENT = re.compile(r"[\s()./-]*(?:\^(?!\{?\\circ)|[²³])")
-_SUFFIX = re.compile(r"(?:\s|\\ |~|/|\.|-|\(|\)|\^\{?\\circ\}?|\\[%$]|[%°$¢€£²³]|[A-Za-z']|\^\{?[23]\}?)*")
+_SUFFIX = re.compile(r"(?:\s|\\ |~|/|\.|-|\(|\)|\^\{?\\circ\}?|\\[%$]|[%°$¢€£²³]|[A-Za-z']|\^\{?-?[123]\}?)*")
 
 
 def _plain(suffix: str) -> str:
     plain = _TEXT.sub(r" \1 ", suffix).replace("\\,", " ").replace("\\;", " ").replace("\\ ", " ")
+    plain = _SPEED.sub(lambda match: f"{'mile' if match[1] == 'm' else 'km'}/h", plain)
     return _TEMPERATURE.sub(lambda match: f" degree {_SCALE_OF[match[1]]}", plain)
 
 
@@ -72,9 +72,10 @@ def is_unit(suffix: str, *, glued: bool) -> bool:
     words: list[str] = re.findall(r"[A-Za-z]+", plain.replace("\\circ", ""))
     if not words and "'" in plain:
         return False
-    if any(word.lower() in _NOT_UNITS for word in words):
-        return False
     bare = plain == suffix
+    # A lone capital in \text is a unit: newton, kelvin.
+    if any((word if len(word) == 1 and not bare else word.lower()) in _NOT_UNITS for word in words):
+        return False
     if bare and glued and words and words[0] not in _CANONICAL:
         return False
     # A lone letter that is no known unit is a variable, even after a space.
@@ -87,7 +88,7 @@ def unit_words(suffix: str) -> frozenset[str]:
     words: set[str] = set()
     for word in _WORD.findall(plain):
         if word.startswith("^") and "circ" not in word:
-            words.add("square" if "2" in word else "cubic")
+            words.add("square" if "2" in word else "cubic" if "3" in word else "inverse")
         elif word.lower() not in ("per", "a", "an", "the", "of"):
             words.add(_CANONICAL.get(word) or _CANONICAL.get(word.lower()) or word.lower().removesuffix("s"))
     return frozenset(words)

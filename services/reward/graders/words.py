@@ -3,7 +3,12 @@
 import re
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[A-Za-z]+(?:[ '\-][A-Za-z]+)*")
+_WORDS = re.compile(r"[^\W\d_]+(?:[ '\-][^\W\d_]+)*")
+_NO_ALPHABET = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]")
+# "Yes, because 7 is prime." "No, it is not." What takes the word back is no reason: "Yes or no", "Yes, but ...".
+_REASON = re.compile(r"[,;–—-]?\s+(?:because|since)\s.*", re.IGNORECASE | re.DOTALL)
+_YES_OR_NO = re.compile(r"(yes|no|true|false)[,.;!:–—-]\s*(?!(?:or|and|but)\b)(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
+_OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _ARTICLE = re.compile(r"^(?:the|an|a)\s+", re.IGNORECASE)
 _MATH_WORDS = frozenset(["pi", "inf", "infinity", "sin", "cos", "tan", "log", "ln", "exp", "sqrt", "or", "and"])
 
@@ -19,7 +24,18 @@ def gold_words(gold: str) -> str | None:
     wrapped = _WRAPPED.fullmatch(gold)
     if wrapped is not None:
         return plain_words(wrapped[1]) if re.search(r"[A-Za-z]", wrapped[1]) else None
-    longest = max(map(len, re.findall(r"[A-Za-z]+", gold)), default=0)
-    if _WORDS.fullmatch(gold) is None or (longest < 3 and gold.lower() != "no"):
+    longest = max(map(len, re.findall(r"[^\W\d_]+", gold)), default=0)
+    short = longest < 3 and gold.lower() != "no" and _NO_ALPHABET.search(gold) is None
+    if _WORDS.fullmatch(gold) is None or short:
         return None
     return None if _MATH_WORDS & set(gold.lower().split()) else plain_words(gold)
+
+
+def same_words(gold: str, text: str) -> bool:
+    """Whether cleaned text says the words of a reference answer (`gold_words`), perhaps with a reason."""
+    said = plain_words(text)
+    if said == gold:
+        return True
+    if gold in _OPPOSITE and (answered := _YES_OR_NO.fullmatch(said)) is not None:
+        return answered[1] == gold and re.search(rf"\b{_OPPOSITE[gold]}\b", answered["rest"]) is None
+    return plain_words(_REASON.sub("", said)) == gold

@@ -96,6 +96,13 @@ def test_a_program_is_found_in_the_forms_in_which_policies_write_it(completion: 
     assert grade(ADD, completion).reward == 1.0
 
 
+def test_a_draft_in_thoughts_is_no_program() -> None:
+    draft, right = "```python\ndef add(a, b): return a + b\n```", "```python\ndef add(a, b): return b + a\n```"
+    assert grade(ADD, f"<think>\n{draft}\n").reward == 0.0
+    assert grade(ADD, f"<think>\n{draft}\n</think>\nI do not know.").reward == 0.0
+    assert grade(ADD, f"<think>\n```python\nprint(1)\n```\n</think>\n{right}").reward == 1.0
+
+
 def test_what_runs_as_main_does_not_run_where_functions_are_asked_for() -> None:
     program = "def add(a, b): return a + b\nif __name__ == '__main__':\n    print(add(int(input()), 1))"
     assert grade(ADD, program).reward == 1.0

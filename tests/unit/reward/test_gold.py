@@ -36,6 +36,7 @@ def math_grader() -> Grader:
         "(" * 100 + "1" + ")" * 100,
         "x" * 3000,
         "\\int_0^1 x dx",
+        "Janet sells the other 9 eggs for 2 dollars each",
     ],
     ids=lambda answer: ascii(answer)[:40],
 )
