@@ -15,13 +15,12 @@ from services.runtime.log import get_logger
 _WARN_AFTER_S = 5.0
 """A learner that restarts, or a link that blinks, is no news."""
 _REPEAT_S = 60.0
-_SILENT = "it announces no version: is it a relay that has no learner, or that leads back here?"
 
 _log = get_logger("relay.upstream")
 
 
 class Link:
-    """Upstream is reached while the channel is connected and the watch brings announcements. `name` is for the log."""
+    """Upstream is reached while the channel is connected and the watch is not turned away. `name` is for the log."""
 
     def __init__(
         self,
@@ -44,6 +43,7 @@ class Link:
         """What the log says last: reached, not reached, or nothing yet."""
         self._away_since_s: float | None = clock()
         self._warn_at_s = self._away_since_s + warn_after_s
+        self._hear_by_s = self._away_since_s + repeat_s
 
     async def report(self) -> None:
         """For ever. *Waits for* changes of the connection, `warn_after_s` at most; *produces* lines of the log; *on
@@ -64,16 +64,18 @@ class Link:
         now_s = self._clock()
         if ready and not self._ready:
             self._upstream.trouble = ""  # that of an earlier connection
-            self._warn_at_s = max(self._warn_at_s, now_s + self._warn_after_s)  # the first announcement is under way
+        if self._upstream.connected or not self._ready:
+            self._hear_by_s = now_s + self._repeat_s
         self._ready = ready
-        if ready and self._upstream.connected:
+        if ready and not self._upstream.trouble:
             self._reached()
+            self._listen(now_s)
             return
         if self._away_since_s is None:
             self._away_since_s, self._warn_at_s = now_s, now_s + self._warn_after_s
         if now_s < self._warn_at_s:
             return
-        reason = (self._upstream.trouble or _SILENT) if ready else await self._upstream.unreachable_because()
+        reason = self._upstream.trouble if ready else await self._upstream.unreachable_because()
         if not reason or (not ready and self._channel.get_state() is grpc.ChannelConnectivity.READY):
             return  # it came back while we asked
         self._said, self._warn_at_s = False, now_s + self._repeat_s
@@ -84,3 +86,11 @@ class Link:
         if self._said is not True:
             _log.info("upstream_reached", upstream=self._name)
         self._said, self._away_since_s = True, None
+
+    def _listen(self, now_s: float) -> None:
+        """Two relays that are each other's upstream are connected, and have nothing to say for ever."""
+        if now_s < self._hear_by_s:
+            return
+        self._hear_by_s = now_s + self._repeat_s
+        why = "no version came from it: is it a relay without a learner, or this relay itself?"
+        _log.warning("upstream_announces_nothing", upstream=self._name, reason=why)
