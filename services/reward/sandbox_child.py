@@ -145,7 +145,9 @@ def _run(job: dict[str, object], results: int) -> None:
     # What is asked for its functions is imported: what stands under `if __name__ == "__main__"` does not run.
     program = types.ModuleType("program" if calls or asserts else "__main__")
     sys.modules[program.__name__] = program
+    sys.argv = ["program.py"]  # a program with arguments may read them as files instead of its standard input
     scope = program.__dict__
+    scope["__file__"] = sys.argv[0]
     # Without `site`, which is not imported here, these are missing.
     scope["exit"] = scope["quit"] = sys.exit
     exec(compile(str(job["program"]), "program.py", "exec"), scope)

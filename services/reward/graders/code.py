@@ -35,6 +35,8 @@ _FENCE = re.compile(
     r"(?:^(?:(?P=indent)| {0,3})(?P<closed>```)[ \t]*+$|\Z)",
     re.DOTALL | re.MULTILINE,
 )
+_DEFINED = re.compile(r"^[ \t]*(?:(?:async[ \t]+def|def|class)[ \t]+(\w+)|(\w+)[ \t]*=)", re.MULTILINE)
+_CALLED = re.compile(r"\b(\w+)\s*\(")
 _PYTHON = ("python", "py", "python3")
 
 
@@ -109,7 +111,7 @@ class CodeGrader:
 
     def grade(self, request: ScoreRequest) -> Verdict:
         tests = read_tests(request.answer)
-        program = self._program(request.completion)
+        program = self._program(request.completion, tests)
         if program is None:
             return Verdict(reward=0.0, extracted=None, reason="no program")
         tally = _Tally()
@@ -152,7 +154,7 @@ class CodeGrader:
         )
         return sandbox.run(program, limits)
 
-    def _program(self, completion: str) -> str | None:
+    def _program(self, completion: str, tests: Tests) -> str | None:
         said = said_at_last(completion.replace("\r\n", "\n"))
         if said is None:
             return None
@@ -165,7 +167,10 @@ class CodeGrader:
             body for language, body in blocks if not language
         ]
         if programs:
-            return textwrap.dedent(programs[-1]) if programs[-1].strip() else None
+            # A block that shows how the functions are called may follow the one that defines them.
+            defining = [body for body in programs if _defines(body, tests)]
+            program = (defining or programs)[-1]
+            return textwrap.dedent(program) if program.strip() else None
         if self._options.fence == "required" or "```" in completion:
             return None
         return completion if completion.strip() else None
@@ -182,6 +187,12 @@ def read_tests(answer: str) -> Tests:
     if not tests.count:
         raise ScoreError("The reference answer holds no test.")
     return tests
+
+
+def _defines(program: str, tests: Tests) -> bool:
+    """Whether a function that the tests call seems to be defined in `program`."""
+    wanted = {case.function for case in tests.calls}.union(*(_CALLED.findall(one) for one in tests.asserts))
+    return not wanted.isdisjoint(match[1] or match[2] for match in _DEFINED.finditer(program))
 
 
 def _lines(text: str) -> list[str]:

@@ -77,6 +77,7 @@ DOCUMENTED = 'def add(a, b):\n    """Adds.\n\n    ```\n    add(3, 4)\n    ```\n 
         "- The program:\n  ```python\n" + textwrap.indent(DOCUMENTED, "  ") + "  ```\n",
         "  ```python\n  def add(a, b): return a + b\n```",
         "```python\ndef add(a, b): return a + b\n  ```\nDone.",
+        "```python\ndef add(a, b): return a + b\n```\nFor example:\n```python\nprint(add(3, 4))\n```",
         "```c#\nint Add(int a, int b);\n```\nIn Python:\n```python\ndef add(a, b): return a + b\n```",
     ],
     ids=[
@@ -89,6 +90,7 @@ DOCUMENTED = 'def add(a, b):\n    """Adds.\n\n    ```\n    add(3, 4)\n    ```\n 
         "a block in its docstring, in a list",
         "its end less indented",
         "its end more indented",
+        "an example behind it",
         "a block in C# before",
     ],
 )
@@ -108,6 +110,12 @@ def test_what_runs_as_main_does_not_run_where_functions_are_asked_for() -> None:
     assert grade(ADD, program).reward == 1.0
     assert grade({"asserts": ["assert add(3, 4) == 7"]}, program).reward == 1.0
     assert grade({"stdin": [{"in": "3", "out": "4"}]}, program).reward == 1.0
+
+
+def test_a_program_is_run_without_arguments() -> None:
+    tests = {"stdin": [{"in": "3", "out": "4"}]}
+    assert grade(tests, "import fileinput\nfor line in fileinput.input(): print(int(line) + 1)").reward == 1.0
+    assert grade(tests, "import os\nassert os.path.abspath(__file__)\nprint(int(input()) + 1)").reward == 1.0
 
 
 def test_a_program_ends_like_any_other() -> None:
