@@ -152,7 +152,7 @@ class Demo:
             if not source.exists():
                 raise EngineError(f"the learner wrote no {name}: see {self._site.work / 'logs'}")
             shutil.copyfile(source, out / name)
-        (out / "events.log").write_text("\n".join(self._story.events) + "\n")
+        (out / "events.log").write_text("\n".join(self._story.events) + "\n", encoding="utf-8")
         write_report(out)
 
 

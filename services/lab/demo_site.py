@@ -88,7 +88,7 @@ class Site:
             self.work / "eval.jsonl", arithmetic.Split.HELD_OUT, self.settings.eval_prompts, seed, difficulty
         )
         text = render_toml(learner_config.LearnerConfig, self.learner_config())
-        (self.work / "run.toml").write_text(text)
+        (self.work / "run.toml").write_text(text, encoding="utf-8")
 
     def learner_config(self) -> learner_config.LearnerConfig:
         """The run that the demo trains."""
@@ -154,7 +154,7 @@ class Site:
                 reward=sampler_config.RewardSection(address=socket),
                 metrics_address="127.0.0.1:0",
             )
-            (self.work / f"{name}.toml").write_text(render_toml(sampler_config.SamplerConfig, config))
+            (self.work / f"{name}.toml").write_text(render_toml(sampler_config.SamplerConfig, config), encoding="utf-8")
             await self.start_sampler(name)
 
     async def start_sampler(self, name: str) -> None:

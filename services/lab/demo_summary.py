@@ -22,7 +22,7 @@ class Generates(Protocol):
 
 def print_summary(out: Path, console: Console) -> None:
     """Reads OUT/summary.json and OUT/policy."""
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     start, end = summary["accuracy_start"], summary["accuracy_end"]
     full, sent = summary["weights_bytes_full"], summary["weights_bytes_sent"]
     dropped = cast("Mapping[str, int]", summary["groups_dropped"])

@@ -48,7 +48,7 @@ def export_policy(directory: Path, policy: Policy, weights: Weights, provenance:
             for name, data in policy.files.items():
                 (temporary / name).write_bytes(_exported_config(data) if name == "config.json" else data)
             _write_weights(temporary, as_in_files(policy.model, weights))
-            (temporary / CARD_NAME).write_text(model_card(provenance))
+            (temporary / CARD_NAME).write_text(model_card(provenance), encoding="utf-8", errors="replace")
             temporary.chmod(0o755)
             sync_files(temporary)
             replace_export(directory, temporary)
@@ -84,7 +84,7 @@ def _write_weights(directory: Path, weights: Weights) -> None:
         save_tensors(to_torch({name: weights[name] for name in names}), directory / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())}, "weight_map": places}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def model_card(provenance: Provenance) -> str:

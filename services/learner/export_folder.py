@@ -66,6 +66,6 @@ def _beside(directory: Path) -> str:
 
 def _card(directory: Path) -> str:
     try:
-        return (directory / CARD_NAME).read_text(errors="replace")
+        return (directory / CARD_NAME).read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return ""

@@ -1,6 +1,8 @@
 """Everything of a start that can be checked before torch is imported: certificates, address, data sets, model files."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
@@ -9,7 +11,7 @@ from services.learner.dataset import Dataset
 from services.learner.export_folder import check_export_folder
 from services.learner.model_files import read_model_files
 from services.runtime.address import Address, parse_listen, require_loopback
-from services.runtime.errors import ConfigError
+from services.runtime.errors import ConfigError, StorageError
 from services.runtime.log import get_logger
 from services.wire.channel import MESSAGE_BYTES
 from services.wire.credentials import server_credentials
@@ -35,7 +37,7 @@ def preflight(config: LearnerConfig) -> Inputs:
     """Checks the whole configuration against this machine. Blocks, a second at most.
 
     Raises UsageError (address), RefusedError (no TLS beyond loopback, certificates), InputMissingError, BadInputError
-    (data sets, model directory), ConfigError (settings that contradict each other).
+    (data sets, model directory), ConfigError (settings that contradict each other), StorageError (folders to write to).
     """
     address = parse_listen(config.listen.address)
     credentials = None
@@ -50,6 +52,8 @@ def preflight(config: LearnerConfig) -> Inputs:
     held_out = () if config.data.eval is None else Dataset.load(config.data.eval, *keys).prompts
     read_model_files(config.policy.path)
     check_export_folder(config.run.policy_dir)
+    _check_writable("run.state_dir", config.run.state_dir)
+    _check_writable("run.export_dir", config.run.policy_dir.parent)
     _warn_of_long_groups(config)
     return Inputs(
         address=address,
@@ -57,6 +61,17 @@ def preflight(config: LearnerConfig) -> Inputs:
         train=train,
         eval_prompts=held_out[: config.eval.prompts],
     )
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    """Raises StorageError where `folder` cannot be made or written to: a run's end is too late to hear of it."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise StorageError(f"{key} cannot be used: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(f"{key} cannot be used: this user may not write to {there}")
 
 
 def _warn_of_long_groups(config: LearnerConfig) -> None:

@@ -9,7 +9,7 @@ from typing import cast
 
 from services.monitor import plots
 from services.monitor.views import human_bytes
-from services.runtime.errors import BadInputError, InputMissingError
+from services.runtime.errors import BadInputError, InputMissingError, UsageError
 from services.runtime.files import atomic_write
 
 Summary = Mapping[str, object]
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> Run:
     if (summary := _object(summary_file.read_bytes())) is None:
         raise BadInputError(f"{summary_file} is not a JSON object: was it edited?")
     events_file = folder / "events.log"
-    events = tuple(events_file.read_text().splitlines()) if events_file.is_file() else ()
+    events = tuple(events_file.read_text(encoding="utf-8").splitlines()) if events_file.is_file() else ()
     return Run(summary=summary, records=records, events=events)
 
 
@@ -70,8 +70,11 @@ def _object(text: bytes) -> Mapping[str, object] | None:
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Writes `report.html` into the folder (or to `out`) and returns its path."""
+    """Writes `report.html` into the folder (or to `out`) and returns its path. Raises UsageError where `out` is a
+    folder."""
     path = out or folder / "report.html"
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name the file to write")
     atomic_write(path, render(read_run(folder), folder.name).encode())
     return path
 

@@ -16,7 +16,7 @@ class TlsFiles(Section):
     certificate: Path
     """Our certificate; its SPIFFE URI is our identity."""
     key: Path
-    """Private key of the certificate; readable by this user alone (mode 0600)."""
+    """Private key of the certificate; keep it readable by this user alone (mode 0600)."""
 
     @classmethod
     def in_directory(cls, directory: Path, name: str) -> "TlsFiles":

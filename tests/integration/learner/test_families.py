@@ -77,7 +77,14 @@ def test_exported_values_are_the_bits_that_travelled(family_dir: Path, tmp_path:
     policy = load_policy(PolicySection(path=family_dir, device="cpu"))
     weights = policy.wire_weights()
     provenance = Provenance(
-        run_id="r", base_model="b", loss="gepo", steps=0, version=0, root="0", accuracy_start=None, accuracy_end=None
+        run_id="r",
+        base_model="b\udcff",  # of a folder whose name is no UTF-8
+        loss="gepo",
+        steps=0,
+        version=0,
+        root="0",
+        accuracy_start=None,
+        accuracy_end=None,
     )
     export_policy(tmp_path / "export", policy, weights, provenance)
     again = load_policy(PolicySection(path=tmp_path / "export", device="cpu"))

@@ -7,7 +7,7 @@ import pytest
 
 from services.monitor.plots import learning_curve, staleness
 from services.monitor.report import read_run, write_report
-from services.runtime.errors import BadInputError, InputMissingError
+from services.runtime.errors import BadInputError, InputMissingError, UsageError
 
 SUMMARY = {
     "steps": 3,
@@ -87,6 +87,13 @@ def test_rewards_above_one_and_bars_far_below_the_bound_are_in_the_picture():
     far = staleness({"0": 40, "2": 10}, 1_000_000)
     assert "the bound is 1000000" in far
     assert ">1<" in far, "the axis ends near the bars"
+
+
+def test_a_report_does_not_take_the_place_of_a_folder(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run)
+    for folder in (Path("."), run):
+        with pytest.raises(UsageError, match="is a folder: name the file to write"):
+            write_report(run, folder)
 
 
 def test_equal_runs_make_equal_reports(run: Path, tmp_path: Path):

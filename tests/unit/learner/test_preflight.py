@@ -1,12 +1,13 @@
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from heterorl.v1 import control_pb2, monitor_pb2, types_pb2
 from services.learner.config import LearnerConfig
-from services.learner.preflight import _warn_of_long_groups
+from services.learner.preflight import _check_writable, _warn_of_long_groups
 from services.runtime.config import load
-from services.runtime.errors import ConfigError
+from services.runtime.errors import ConfigError, StorageError
 
 
 @pytest.mark.parametrize(("group_size", "longest", "warns"), [(16, 32768, False), (64, 16384, True), (8, 80_000, True)])
@@ -36,6 +37,20 @@ def test_bnpo_is_refused_where_rewards_could_leave_zero_to_one(
     tree = {"loss": loss, "reward": [{"weight": weight} for weight in weights]}
     with nullcontext() if fits else pytest.raises(ValueError, match="between 0 and 1"):
         LearnerConfig.model_validate(tree)
+
+
+def test_folders_that_cannot_be_written_are_found_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of weeks is not to learn at its end that its policy can be put nowhere."""
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    for fits in (tmp_path, tmp_path / "new" / "newer"):
+        _check_writable("run.state_dir", fits)
+    for folder in ("file", "file/below", "nowhere", "nowhere/below"):
+        with pytest.raises(StorageError, match=r"run\.export_dir cannot be used: .*/(file|nowhere) is not a folder"):
+            _check_writable("run.export_dir", tmp_path / folder)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(StorageError, match=f"this user may not write to {tmp_path}$"):
+        _check_writable("run.state_dir", tmp_path / "new")
 
 
 COUNTED_IN_MESSAGES = [
