@@ -152,6 +152,7 @@ class Checkpoints:
         with torch.no_grad():
             for name, tensor in masters.items():
                 parameters[name].copy_(tensor)
+        policy.round_buffers()  # a release before wrote them as it had read them
         trainer.load_state(optimizer, position.trainer_steps)
         return position
 

@@ -50,6 +50,15 @@ class Policy:
         """The bf16 casts as bits: fresh memory, so that the next step may go on while they are encoded."""
         return to_bits(self.parameters())
 
+    @torch.no_grad()
+    def round_buffers(self) -> None:
+        """To what travels: buffers are never trained, and samplers would route to other experts than the trainer for
+        ever where one of them is a bias of the router (DeepSeek V3)."""
+        stored = self.model.state_dict().keys()
+        for name, buffer in self.model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                buffer.copy_(buffer.bfloat16())
+
 
 def pick_device(name: str) -> torch.device:
     """The device of policy.device; "auto" takes CUDA where there is one. Raises ConfigError."""
@@ -79,7 +88,6 @@ def load_policy(settings: PolicySection, system_prompt: str = "") -> Policy:
     config = load_config(settings.path)
     highest_id = check_tokenizer(settings.path, system_prompt)
     model = load_model(settings.path, config)
-    _round_buffers(model)
     model.to(device)  # pyright: ignore[reportArgumentType] - transformers wraps torch's method with its own self
     model.config.use_cache = False
     if settings.gradient_checkpointing:
@@ -91,6 +99,7 @@ def load_policy(settings: PolicySection, system_prompt: str = "") -> Policy:
         device=device,
         vocab_size=int(cast(Tensor, model.get_input_embeddings().weight).shape[0]),
     )
+    policy.round_buffers()
     if highest_id >= policy.vocab_size:
         raise ConfigError(
             f"the tokenizer in {settings.path} has token ids up to {highest_id}, and the model's embedding has"
@@ -100,16 +109,6 @@ def load_policy(settings: PolicySection, system_prompt: str = "") -> Policy:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidWeightsError(f"{name} in {settings.path} holds NaN or infinity: take another checkpoint")
     return policy
-
-
-@torch.no_grad()
-def _round_buffers(model: PreTrainedModel) -> None:
-    """To what travels: buffers are never trained, and samplers would route to other experts than the trainer for ever
-    where one of them is a bias of the router (DeepSeek V3)."""
-    stored = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in stored and buffer.is_floating_point():
-            buffer.copy_(buffer.bfloat16())
 
 
 def _checkpoint_layers(model: PreTrainedModel, directory: Path) -> None:

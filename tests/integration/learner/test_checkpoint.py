@@ -17,6 +17,7 @@ from services.runtime import failpoints
 from services.runtime.errors import ConfigError, CorruptObjectError, DiskFullError, StorageError
 from services.wire.delta import root_of
 from tests.integration.learner.conftest import SMALL
+from tests.support.tiny_families import save_family
 from tests.support.train_groups import train_group
 
 
@@ -55,6 +56,19 @@ def test_training_goes_on_bit_for_bit_after_a_restore(tmp_path: Path, policy_dir
     assert (position.step, position.data, position.counters) == (1, {"step": 1}, {"evals": [0.5]})
     assert root_of(again.wire_weights()) == position.root
     trainer_again.step([train_group(3), train_group(4)])
+    assert root_of(again.wire_weights()) == root_of(policy.wire_weights())
+
+
+def test_a_routers_buffers_are_those_that_travel_after_a_restore_too(tmp_path: Path) -> None:
+    """A release before wrote them unrounded, and samplers draw with the rounded ones."""
+    save_family(tmp_path / "model", "deepseek_v3", character_tokenizer())
+    policy, trainer = fresh(tmp_path / "model")
+    (name,) = [name for name in policy.parameters() if name.endswith("e_score_correction_bias")]
+    policy.parameters()[name].fill_(100.3)
+    Checkpoints(tmp_path / "checkpoints", keep=1).write(at(1, policy, trainer), policy, trainer)
+    again, trainer_again = fresh(tmp_path / "model")
+    assert Checkpoints(tmp_path / "checkpoints", keep=1).restore(again, trainer_again) is not None
+    assert set(again.parameters()[name].tolist()) == {100.5}
     assert root_of(again.wire_weights()) == root_of(policy.wire_weights())
 
 
