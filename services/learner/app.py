@@ -36,6 +36,7 @@ from services.learner.run_loop import LoopParts, RunLoop
 from services.learner.run_settings import run_settings, store_model_files
 from services.learner.run_state import Activity, RunState
 from services.learner.serving import LearnerServer, LearnerServices
+from services.learner.settings_record import settings_of, tell_of_changes
 from services.learner.status import Observed
 from services.learner.telemetry import LearnerCollector
 from services.learner.traffic import Traffic
@@ -115,6 +116,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
 async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, state: RunState) -> Learner:
     """Loads, opens and restores everything; when it returns, a version is published and leases may be granted."""
     state_dir = config.run.state_dir
+    state.settings = settings_of(config)
     policy = await asyncio.to_thread(load_policy, config.policy, config.data.system_prompt)
     # From the model directory again: a run that goes on from a checkpoint keeps the reference it began with.
     reference = await asyncio.to_thread(load_policy, config.policy) if config.loss.wants_reference else None
@@ -198,7 +200,9 @@ async def _restore(parts: LoopParts, versions: VersionFiles) -> None:
 
 
 def _restore_counters(parts: LoopParts, position: Position) -> None:
-    parts.state.restore(position.step, cast("Mapping[str, object]", position.counters["state"]))
+    state = cast("Mapping[str, object]", position.counters["state"])
+    tell_of_changes(cast("Mapping[str, object]", state.get("settings", {})), parts.state.settings)
+    parts.state.restore(position.step, state)
     parts.traffic.restore(cast("dict[str, list[int]]", position.counters["traffic"]))
 
 

@@ -74,6 +74,8 @@ class RunState:
     """Full size / update size of the newest versions that were deltas."""
     mismatch: dict[str, Mismatch] = field(default_factory=dict[str, Mismatch])
     """Of the last step with rows of staleness 0, by sampler."""
+    settings: Mapping[str, object] = field(default_factory=dict[str, object])
+    """What decides which policy comes out (settings_record)."""
     restarts: int = 0
     activity: Activity = Activity.START
     _seconds: dict[Activity, float] = field(default_factory=dict[Activity, float])
@@ -130,6 +132,7 @@ class RunState:
             "seconds": self.seconds,
             "ratios": [*self.ratios],
             "restarts": self.restarts,
+            "settings": self.settings,
             "evals": [{name: getattr(point, name) for name in EvalPoint.__dataclass_fields__} for point in self.evals],
         }
 
