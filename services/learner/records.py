@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from services.runtime.files import atomic_write, storage_errors
+from services.runtime.files import atomic_write, storage_errors, sync_file
 from services.runtime.log import get_logger
 
 METRICS_NAME = "metrics.jsonl"
@@ -58,6 +58,10 @@ class Records:
                 raise
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+    def sync(self) -> None:
+        """Makes all lines durable, for a checkpoint: their steps are not taken again. Raises StorageError."""
+        sync_file(self._path)
 
     def rewind_to(self, step: int) -> None:
         """Forgets what came after `step`: the learner was restored, and takes those steps again."""

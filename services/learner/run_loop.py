@@ -231,6 +231,7 @@ class RunLoop:
             counters={"state": p.state.to_json(), "traffic": p.traffic.state()},
         )
         try:
+            await asyncio.to_thread(p.records.sync)
             path = await asyncio.to_thread(p.checkpoints.write, position, p.policy, p.trainer)
         finally:
             p.state.switch(before)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from services.runtime.errors import StorageError
-from services.runtime.files import storage_errors
+from services.runtime.files import storage_errors, sync_file
 
 _NO_ROOM = {f"(os error {code})": code for code in (errno.ENOSPC, errno.EDQUOT)}
 
@@ -25,8 +25,4 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
                 if words in str(error):
                     raise OSError(code, os.strerror(code)) from error
             raise StorageError(f"cannot write {path}: {error}") from error
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_file(path)

@@ -67,6 +67,12 @@ def sync_directory(directory: Path) -> None:
         _sync(directory)
 
 
+def sync_file(path: Path) -> None:
+    """Makes what was written to a file durable. Raises StorageError."""
+    with storage_errors(f"sync {path}"):
+        _sync(path)
+
+
 def sync_files(directory: Path) -> None:
     """Makes a folder of files durable, so that it may be given its name. Raises StorageError."""
     with storage_errors(f"sync folder {directory}"):

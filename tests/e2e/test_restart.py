@@ -129,6 +129,7 @@ def check_run(folder: Path) -> None:
     assert first < second
     lines = [json.loads(line) for line in (folder / "learner" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "accuracy" in line] == [0, STEPS]
     shares = [line["recomputed_share"] for line in lines if "loss" in line]
     assert shares[0] == shares[-1] == 1.0, (
         "only groups of versions from before the restart keep the samplers' log-probs"

@@ -1,8 +1,9 @@
 """What a process leaves on disk that is killed, or whose machine loses power, at any point of a piece of work.
 
 While `watching` a folder it is copied before each operation that makes, renames, removes or syncs something in it: each
-copy is the state of a process that is killed there. What lies in a file that was not synced since it was written is
-lost at a power loss: such a copy has it empty. (Names that were not synced are kept: journalling file systems do so.)
+copy is the state of a process that is killed there. What was written to a file since it was synced is lost at a power
+loss; what was there before the block is taken for synced, and so are SQLite's files, which sync themselves. (Names that
+were not synced are kept: journalling file systems do so.)
 """
 
 import os
@@ -38,7 +39,8 @@ class CrashPoints:
     copies: Path
     promised: int = 0
     states: list[CrashState] = field(default_factory=list[CrashState])
-    _synced: set[tuple[int, int, int]] = field(default_factory=set[tuple[int, int, int]])
+    _synced: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+    """Size and time of the last write, when a file was synced; by inode."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _copying: bool = False
 
@@ -53,15 +55,21 @@ class CrashPoints:
             shutil.copytree(self.folder, killed)
             shutil.copytree(self.folder, lost)
             for original in self.folder.rglob("*"):
-                if original.is_file() and _facts(original.stat()) not in self._synced:
-                    os.truncate(lost / original.relative_to(self.folder), 0)
+                if original.is_file() and ".sqlite3" not in original.name:
+                    self._lose(lost / original.relative_to(self.folder), original.stat())
             before = f"{operation} {path.relative_to(self.folder)}"
             self.states.append(CrashState(before=before, promised=self.promised, killed=killed, power_lost=lost))
             self._copying = False
 
+    def _lose(self, copy: Path, original: os.stat_result) -> None:
+        """Back to the bytes that were there when the file was synced, as far as it was only appended to since."""
+        size_bytes, written_ns = self._synced.get(original.st_ino, (0, 0))
+        if written_ns != original.st_mtime_ns:
+            os.truncate(copy, min(size_bytes, original.st_size))
+
     def synced(self, facts: os.stat_result) -> None:
         with self._lock:
-            self._synced.add(_facts(facts))
+            self._synced[facts.st_ino] = facts.st_size, facts.st_mtime_ns
 
 
 @contextmanager
@@ -69,6 +77,8 @@ def watching(folder: Path, copies: Path) -> Generator[CrashPoints]:
     """The points that the block's work passes in `folder`, of all threads."""
     global _points
     points = CrashPoints(folder=folder, copies=copies)
+    for path in folder.rglob("*"):
+        points.synced(path.stat())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", _fsync_of(points, os.fsync))
         _install()
@@ -111,7 +121,3 @@ def _fsync_of(points: CrashPoints, fsync: Callable[[int], None]) -> Callable[[in
         points.synced(facts)
 
     return watched
-
-
-def _facts(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,17 +1,26 @@
 """Killed, or without power, at any change of its files: what was promised by then is there at the next start, and
 nothing that was under way is left over."""
 
+import asyncio
+import json
+import random
+from contextlib import suppress
 from pathlib import Path
 
+import grpc
 import pytest
 
 from services.learner.checkpoint import Checkpoints
+from services.learner.config import LearnerConfig
 from services.learner.export import Provenance, export_policy
 from services.learner.policy import Policy
 from services.learner.trainer import Trainer
 from services.wire.delta import root_of
+from tests.e2e.invariants import check_summary
 from tests.integration.learner.test_checkpoint import at, fresh
 from tests.support.crash_points import CrashState, watching
+from tests.support.learner_in_process import running_learner, small_config
+from tests.support.scripted_sampler import dial
 from tests.support.train_groups import train_group
 
 
@@ -57,9 +66,8 @@ def test_an_export_that_was_cut_short_is_made_again_and_leaves_nothing_beside_it
         export_policy(folder / "policy", policy, weights, provenance)
 
     folder = tmp_path / "state"
-    folder.mkdir()
+    export(folder, "earlier", "0" * 64)
     with watching(folder, tmp_path / "copies") as points:
-        export(folder, "earlier", "0" * 64)
         export(folder, "test", root_of(weights))
     whole = {path.name: path.read_bytes() for path in (folder / "policy").iterdir()}
     assert len(points.states) > 10
@@ -67,3 +75,67 @@ def test_an_export_that_was_cut_short_is_made_again_and_leaves_nothing_beside_it
         export(place, "test", root_of(weights))
         assert [path.name for path in place.iterdir()] == ["policy"], state.before
         assert {path.name: path.read_bytes() for path in (place / "policy").iterdir()} == whole, state.before
+
+
+STEPS = 4
+
+
+def run_of(folder: Path, policy_dir: Path) -> LearnerConfig:
+    """On the state in `folder`."""
+    return small_config(
+        folder,
+        policy_dir,
+        run={"id": "test", "state_dir": folder / "state", "steps": STEPS},
+        checkpoint={"every_steps": 1, "keep": 1},
+        eval={"at_start": True, "at_end": True, "prompts": 2},
+        data={"train": folder / "train.jsonl", "eval": folder / "train.jsonl"},
+        lease={"heartbeat_s": 1.0, "session_ttl_s": 4.0, "ttl_s": 2.0},
+    )
+
+
+async def finish(config: LearnerConfig, folder: Path) -> None:
+    """With a sampler, until the run ends."""
+    async with running_learner(config) as learner:
+        with suppress(grpc.aio.AioRpcError):  # nothing may be left to do
+            sampler = await dial(learner.address, "eu-1", folder / "sampler", lambda answer, text: len(text) % 2)
+            await sampler.work()
+            await sampler.close()
+        await learner.ended
+
+
+def lines(state_dir: Path, key: str) -> list[int]:
+    """Steps of the records that have this metric."""
+    path = state_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [record["step"] for record in records if key in record]
+
+
+@pytest.mark.timeout(240)
+async def test_a_learner_that_crashed_anywhere_ends_its_run_as_if_it_had_not(tmp_path: Path, policy_dir: Path) -> None:
+    config = run_of(tmp_path, policy_dir)
+    with watching(config.run.state_dir, tmp_path / "copies") as points:
+        await finish(config, tmp_path)
+    assert len(points.states) > 100
+    for state in points.states:
+        steps = Checkpoints(state.power_lost / "checkpoints", keep=1).steps()
+        assert lines(state.power_lost, "loss")[: max(steps, default=0)] == list(range(1, max(steps, default=0) + 1))
+    draws = random.Random(7)
+    before_the_first = next(
+        number for number, state in enumerate(points.states) if list((state.killed / "checkpoints").glob("step-*"))
+    )
+    crashed = [
+        points.states[before_the_first - 1].killed,
+        draws.choice(points.states[before_the_first:]).killed,
+        draws.choice(points.states[before_the_first:]).power_lost,
+    ]
+    for number, place in enumerate(crashed):
+        again = tmp_path / f"again{number}"
+        again.mkdir()
+        place.rename(again / "state")
+        await asyncio.wait_for(finish(run_of(again, policy_dir), again), 60)
+        summary = json.loads((again / "state" / "summary.json").read_text())
+        check_summary(summary, again / "state" / "journal.sqlite3")
+        assert (summary["steps"], summary["groups_trained"]) == (STEPS, 2 * STEPS)
+        assert lines(again / "state", "loss") == list(range(1, STEPS + 1))
+        assert lines(again / "state", "accuracy") == [0, STEPS]
+        assert not [path for path in (again / "state").rglob(".*") if path.name != ".lock"]
