@@ -149,3 +149,20 @@ async def test_groups_on_their_way_when_the_settings_changed_put_no_sampler_into
         verdict = await run.submit(envelope(11, replace(group, temperature=0.5)))
         assert isinstance(verdict, Verdict)
         assert verdict.code is VerdictCode.ACCEPTED
+
+
+async def test_groups_that_an_operator_emptied_count_as_before_and_are_never_trained_again(tmp_path: Path) -> None:
+    async with Running(await open_plane(tmp_path)) as run:
+        await run.plane.advance(0, root(0))
+        await run.answer(*await run.lease(4))
+        await run.plane.mark_trained(await run.plane.take_batch(2, 0), 1)
+        await run.plane.advance(1, root(1))
+        state = run.plane.state(1)
+    with sqlite3.connect(tmp_path / JOURNAL_FILE) as raw:
+        raw.execute("UPDATE groups SET payload = x'' WHERE trained_step <= 1 OR dropped_step <= 1")
+    raw.execute("VACUUM")
+    raw.close()
+    async with Running(await plane_again(tmp_path, state)) as run:
+        assert (run.plane.tally.trained, dict(run.plane.tally.dropped), len(run.plane.buffer)) == (2, {}, 2)
+    async with Running(await plane_again(tmp_path)) as run:  # without that checkpoint
+        assert (run.plane.tally.trained, dict(run.plane.tally.dropped), len(run.plane.buffer)) == (0, {"DAMAGED": 2}, 2)
