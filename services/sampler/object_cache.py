@@ -22,10 +22,12 @@ from services.wire.objects import file_digest, object_id_of
 from services.wire.types import ObjectRef
 
 _log = get_logger("sampler.objects")
+_MOST_FILES = 1024
+"""Of a policy whose updates are small, thousands fit into any number of bytes; each is looked at before a fetch."""
 
 
 class ObjectCache:
-    """Keeps at most `max_bytes`, oldest first out. Different objects may be fetched at the same time."""
+    """Keeps at most `max_bytes` and _MOST_FILES, oldest first out. Different objects may be fetched at the same time."""
 
     def __init__(self, directory: Path, sources: WeightSources, max_bytes: int) -> None:
         self._directory = directory
@@ -93,7 +95,7 @@ class ObjectCache:
             coming.replace(path)
 
     def evict(self, keep: Collection[str]) -> None:
-        """Removes the oldest files beyond max_bytes, and parts of objects that nobody wants; never those in `keep`,
+        """Removes the oldest files beyond the bounds, and parts of objects that nobody wants; never those in `keep`,
         which stay wanted until the next call."""
         self._wanted = set(keep)
         self._remove_unwanted(self._max_bytes)
@@ -111,9 +113,9 @@ class ObjectCache:
                 with contextlib.suppress(FileNotFoundError):
                     status = file.stat()
                     kept.append((status.st_mtime, status.st_size, file))
-            total = sum(size for _, size, _ in kept)
-            for _, size, file in sorted(kept):
-                if total > room or file.suffix == PART_SUFFIX:
+            total, most = sum(size for _, size, _ in kept), len(kept) - _MOST_FILES
+            for place, (_, size, file) in enumerate(sorted(kept)):
+                if total > room or place < most or file.suffix == PART_SUFFIX:
                     with contextlib.suppress(FileNotFoundError):
                         file.unlink()
                     total -= size
