@@ -27,7 +27,7 @@ _MOST_FILES = 1024
 
 
 class ObjectCache:
-    """Keeps at most `max_bytes` and _MOST_FILES, oldest first out. Different objects may be fetched at the same time."""
+    """Keeps at most `max_bytes` and _MOST_FILES, oldest first out. Different objects may be fetched at once."""
 
     def __init__(self, directory: Path, sources: WeightSources, max_bytes: int) -> None:
         self._directory = directory
