@@ -207,8 +207,9 @@ class DataPlane:
         """Takes the journal to the checkpoint's step (None: to before the first step) and refills the buffer.
 
         Call it once, before `run`. Groups that were trained after that step are trained again; those of versions that
-        the restored learner has not made are dropped as FUTURE_VERSION, and all that wait are where the journal is the
-        older one of the two. Raises ConfigError when the data set is another one than the checkpoint's.
+        the restored learner has not made are dropped as FUTURE_VERSION and their prompts granted again; all that wait
+        are dropped where the journal is the older one of the two. Raises ConfigError when the data set is another one
+        than the checkpoint's.
         """
         root = None if state is None else str(state["root"])
         state = state or {"step": 0, "version": 0, "dataset_sha256": self._train.sha256}
@@ -220,7 +221,8 @@ class DataPlane:
         self.versions.roll_back(version)
         rows = await self._sound_pending(older)
         floor, following = self._recovered.leases_floor, self._recovered.leases_next
-        self.leases.restore(following, floor, await self._journal.answered(floor))
+        answered, lost = await self._journal.answered(floor), await self._journal.lost()
+        self.leases.restore(following, floor, answered, lost)
         self.buffer.add(
             PendingGroup(
                 id=row.id,

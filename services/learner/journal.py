@@ -215,6 +215,19 @@ class Journal:
         )
         return {row[0] for row in found}
 
+    async def lost(self) -> set[int]:
+        """Numbers of prompts whose accepted groups were all dropped, one of them by a restart."""
+        reasons = (FUTURE_VERSION, DAMAGED, OTHER_SETTINGS)
+        found = await self._run(
+            lambda connection: connection.execute(
+                "SELECT lease_number FROM groups AS gone WHERE purpose = 1 AND verdict = 1 AND reason = '' "
+                "AND dropped_reason IN (?, ?, ?) AND NOT EXISTS (SELECT 1 FROM groups WHERE verdict = 1 "
+                "AND purpose = 1 AND dropped_reason IS NULL AND lease_number = gone.lease_number)",
+                reasons,
+            ).fetchall()
+        )
+        return {row[0] for row in found}
+
     async def record_leases(self, following: int, floor: int) -> None:
         """Before prompts below `following` are handed out: a restarted learner then knows that they may be at work."""
 

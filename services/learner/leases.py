@@ -87,9 +87,10 @@ class LeaseTable:
         """Prompts below this number may be handed out: the journal knows of them."""
         self._changed = asyncio.Event()
 
-    def restore(self, following: int, floor: int, answered: set[int]) -> None:
-        """After a restart: prompts in [floor, following) that no group answered may be at work for one ttl more."""
-        self._works.restore(following, floor, answered, self._clock() + self._rules.ttl_s)
+    def restore(self, following: int, floor: int, answered: set[int], lost: set[int]) -> None:
+        """After a restart: prompts in [floor, following) that no group answered may be at work for one ttl more; those
+        whose groups are `lost` are granted again at once."""
+        self._works.restore(following, floor, answered, lost, self._clock() + self._rules.ttl_s)
         self._recorded = following
 
     def advance(self, version: int) -> None:

@@ -50,11 +50,13 @@ class WorkList:
         """Training prompts below this number are answered or given up."""
         return min((work.number for work in self if work.purpose is LeasePurpose.TRAIN), default=self.following)
 
-    def restore(self, following: int, floor: int, answered: set[int], orphaned_until: float) -> None:
-        """Prompts in [floor, following) that no group answered become orphans."""
+    def restore(self, following: int, floor: int, answered: set[int], lost: set[int], orphaned_until: float) -> None:
+        """Prompts whose groups are `lost` wait to be granted again; others in [floor, following) that no group answered
+        become orphans."""
         self.following = following
+        self.put_back([self._open_training(number) for number in lost])
         for number in range(floor, following):
-            if number not in answered:
+            if number not in answered and number not in lost:
                 work = self._open_training(number)
                 work.orphaned_until = orphaned_until
 

@@ -42,6 +42,30 @@ async def test_steps_trained_after_the_checkpoint_are_trained_again_with_the_sam
         assert (plane.tally.trained, plane.tally.acknowledged, len(plane.buffer)) == (4, 5, 0)
 
 
+async def test_prompts_whose_groups_a_restore_drops_are_granted_again_before_new_ones(tmp_path: Path) -> None:
+    """Trained after the checkpoint, by versions that are no more: the run would go on without a part of its data."""
+    async with Running(await open_plane(tmp_path)) as run:
+        saved = {**run.plane.state(0), "version": 0, "root": root(0)}
+        for step in range(2):
+            await run.plane.advance(step, root(step))
+            await run.answer(*await run.lease(2, version=step), version=step)
+            await run.plane.mark_trained(await run.plane.take_batch(2, step), step + 1)
+        await run.plane.advance(2, root(2))
+        assert [lease.lease_id for lease in await run.lease(2, version=2)] == ["1-t4-1", "1-t5-1"]
+    for first in ("2-t2-1", "3-t2-1", "4-t3-1"):
+        clock = Clock()
+        plane = await DataPlane.open(tmp_path, settings(), dataset(tmp_path), clock)
+        await plane.restore(saved)
+        clock.advance(60.0)  # nobody goes on with the prompts that were out
+        async with Running(plane) as run:
+            assert plane.tally.dropped == {"FUTURE_VERSION": 2}
+            await plane.advance(0, root(0))
+            (lease,) = await run.lease(1)
+            assert lease.lease_id == first
+            if first == "3-t2-1":
+                await run.answer(lease)
+
+
 async def test_a_checkpoint_of_another_data_set_or_version_of_other_weights_is_refused(tmp_path: Path) -> None:
     async with Running(await open_plane(tmp_path)) as run:
         await run.plane.advance(0, root(0))

@@ -280,7 +280,7 @@ async def test_work_that_would_arrive_stale_is_not_granted_unless_the_learner_st
 
 async def test_a_restart_makes_orphans_of_what_nobody_answered() -> None:
     given = Table(epoch=2, groups_per_step=5, max_staleness=0)
-    given.table.restore(following=5, floor=1, answered={2, 4})
+    given.table.restore(following=5, floor=1, answered={2, 4}, lost=set())
     given.table.advance(0)
     assert given.table.active == 2  # 1 and 3
     assert given.table.facts("1-t2-1", "a").standing is Standing.OVER
