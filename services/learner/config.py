@@ -150,7 +150,7 @@ class BatchSection(Section):
     recompute_logprobs: bool = False
     """Take log-probs of samples from the trainer, under the versions that drew them, instead of from the engines: for
     engines that round differently (bf16, quantised). Costs a second model on the device, max_staleness + 1 versions in
-    host memory, and a forward pass."""
+    host memory, and a forward pass. Not with sampling.top_p or top_k."""
 
 
 _Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
@@ -251,5 +251,14 @@ class LearnerConfig(Section):
             raise ValueError(
                 "the bnpo advantage needs rewards between 0 and 1: let the weights of [[reward]] be 0 or more, and "
                 "their sum at most 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recomputes_what_was_drawn_from(self) -> "LearnerConfig":
+        if self.batch.recompute_logprobs and (self.sampling.top_p < 1.0 or self.sampling.top_k > 0):
+            raise ValueError(
+                "batch.recompute_logprobs knows nothing of sampling.top_p and top_k, and would take samples for draws "
+                "from the whole distribution: set top_p to 1 and top_k to 0, or recompute_logprobs to false"
             )
         return self

@@ -39,6 +39,15 @@ def test_bnpo_is_refused_where_rewards_could_leave_zero_to_one(
         LearnerConfig.model_validate(tree)
 
 
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 20}])
+def test_log_probs_of_a_truncated_distribution_cannot_be_recomputed(sampling: dict[str, float]) -> None:
+    """The weights of what was drawn would be those of draws from the whole distribution: biased, and nothing to see."""
+    LearnerConfig.model_validate({"sampling": sampling})
+    LearnerConfig.model_validate({"batch": {"recompute_logprobs": True}})
+    with pytest.raises(ValueError, match="set top_p to 1 and top_k to 0"):
+        LearnerConfig.model_validate({"sampling": sampling, "batch": {"recompute_logprobs": True}})
+
+
 def test_folders_that_cannot_be_written_are_found_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of weeks is not to learn at its end that its policy can be put nowhere."""
     (tmp_path / "file").touch()
