@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from services.reward.graders.numerals import FRACTION_SIGNS, TAIL_CHARS
 from services.reward.graders.quantity import read_quantity
+from services.reward.graders.words import MATH_WORDS
 
 CLEAN_CHARS_MAX = 2000
 
@@ -154,10 +155,10 @@ def tagged_answer(text: str) -> tuple[int, str] | None:
     return None if position < 0 else (position, text[position + len(_TAG) :].split("</answer>", 1)[0])
 
 
-def why_prose(gold: str) -> str | None:
-    """Why a reference answer that is no plain words is no expression either, or None: its letters would be factors."""
-    words = _WORD.findall(_WRAPPED.sub(" ", gold))
-    return "it is a sentence: mark the answer in it by #### or \\boxed{}" if len(words) >= 6 else None
+def is_prose(text: str, words: int) -> bool:
+    """Whether cleaned text that is no plain words has so many of them: read as mathematics, letters are factors."""
+    found = _WORD.findall(_WRAPPED.sub(" ", text))
+    return sum(word.lower() not in MATH_WORDS for word in found) >= words
 
 
 def said_at_last(text: str) -> str | None:

@@ -20,6 +20,10 @@ from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
 from services.runtime.errors import ScoreError
 
+_PROSE, _PROSE_GOLD = 3, 6
+"""Words of a sentence. To multiply its letters takes long: an answer has as few as no expression holds, a reference
+answer, which then cannot be graded at all, may hold more ("3 red and 2 blue balls")."""
+
 
 class MathOptions(Section):
     extract: Literal["auto", "boxed", "hash", "phrase", "last_number", "choice", "whole"] = "auto"
@@ -158,6 +162,8 @@ class MathGrader:
             )
         if gold.number is not None and self._options.evaluated:
             return "not a plain number"
+        if answer != gold.text and extract.is_prose(answer, _PROSE):
+            return "a sentence"
         reason = symbolic.same_expression(gold.text, answer)
         if reason is not None and self._options.tolerance and number is not None:
             value = symbolic.approximate(gold.text)
@@ -194,7 +200,10 @@ def read_gold(answer: str, is_choice: bool) -> Gold:
     plain = words.gold_words(text)
     if plain is not None:
         return Gold(text=text, letters=None, number=None, words=plain)
-    reason = extract.why_prose(text) or symbolic.why_unparsable(text)
+    prose = (
+        "it is a sentence: mark the answer in it by #### or \\boxed{}" if extract.is_prose(text, _PROSE_GOLD) else None
+    )
+    reason = prose or symbolic.why_unparsable(text)
     if reason is not None:
         raise ScoreError(f"The reference answer {text!r:.80} cannot be graded: {reason}.")
     return Gold(text=text, letters=None, number=None, words=None)

@@ -10,7 +10,7 @@ _REASON = re.compile(r"[,;–—-]?\s+(?:because|since)\s.*", re.IGNORECASE | re
 _YES_OR_NO = re.compile(r"(yes|no|true|false)[,.;!:–—-]\s*(?!(?:or|and|but)\b)(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _ARTICLE = re.compile(r"^(?:the|an|a)\s+", re.IGNORECASE)
-_MATH_WORDS = frozenset(["pi", "inf", "infinity", "sin", "cos", "tan", "log", "ln", "exp", "sqrt", "or", "and"])
+MATH_WORDS = frozenset(["pi", "inf", "infinity", "sin", "cos", "tan", "log", "ln", "exp", "sqrt", "or", "and"])
 
 
 def plain_words(text: str) -> str:
@@ -28,7 +28,7 @@ def gold_words(gold: str) -> str | None:
     short = longest < 3 and gold.lower() != "no" and _NO_ALPHABET.search(gold) is None
     if _WORDS.fullmatch(gold) is None or short:
         return None
-    return None if _MATH_WORDS & set(gold.lower().split()) else plain_words(gold)
+    return None if MATH_WORDS & set(gold.lower().split()) else plain_words(gold)
 
 
 def same_words(gold: str, text: str) -> bool:

@@ -27,6 +27,13 @@ def test_the_reward_is_what_the_table_says(case: dict[str, object]) -> None:
     assert verdict.reason
 
 
+def test_a_sentence_is_not_multiplied_out() -> None:
+    """As a product of its letters this one takes most of the time that an answer has."""
+    grader = build(parse_graders("math"), Permissions())[0].grader
+    request = ScoreRequest(prompt="", answer="3\\sqrt{2}", completion="So the distance is 3 units and a half.")
+    assert grader.grade(request).reason == "a sentence"
+
+
 def test_the_table_has_what_was_promised() -> None:
     assert len(CASES) >= 150
     assert sum(case["reward"] == 0 for case in CASES) >= 80
