@@ -66,9 +66,10 @@ def _records(path: Path) -> Iterator[tuple[str, _Record]]:
         try:
             record = cast(object, json.loads(line.decode()))
         except UnicodeDecodeError:
-            raise BadInputError(f"{place}: not UTF-8 text") from None
+            why = "one JSON object per line is needed; compressed files and Parquet are not read"
+            raise BadInputError(f"{place}: not UTF-8 text ({why})") from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-            raise BadInputError(f"{place}: not JSON ({error})") from None
+            raise BadInputError(f"{place}: not JSON ({error}): one object per line is needed") from None
         if not isinstance(record, dict):
             raise BadInputError(f"{place}: a JSON object is needed, not {type(record).__name__}")
         yield place, cast(_Record, record)
