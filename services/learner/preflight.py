@@ -55,6 +55,8 @@ def preflight(config: LearnerConfig) -> Inputs:
     _check_writable("run.state_dir", config.run.state_dir)
     _check_writable("run.export_dir", config.run.policy_dir.parent)
     _warn_of_long_groups(config)
+    if config.eval.every_steps and config.data.eval is None:
+        _log.warning("eval.every_steps is set, and data.eval names no held-out prompts: there will be no evaluation")
     return Inputs(
         address=address,
         credentials=credentials,

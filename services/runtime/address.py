@@ -44,7 +44,12 @@ def parse_listen(text: str) -> Address:
     return _parse(text, lowest_port=0)
 
 
-def _key_of(parse: Callable[[str], Address], *, may_be_empty: bool = False) -> AfterValidator:
+def _parse_local(text: str) -> None:
+    if not text.startswith("unix:"):
+        parse_target(text)
+
+
+def _key_of(parse: Callable[[str], object], *, may_be_empty: bool = False) -> AfterValidator:
     """A config key whose text `parse` takes; it stays text, so that it is shown as it was written."""
 
     def check(text: str) -> str:
@@ -61,6 +66,8 @@ def _key_of(parse: Callable[[str], Address], *, may_be_empty: bool = False) -> A
 TargetKey: TypeAlias = Annotated[str, _key_of(parse_target)]
 OptionalTargetKey: TypeAlias = Annotated[str, _key_of(parse_target, may_be_empty=True)]
 ListenKey: TypeAlias = Annotated[str, _key_of(parse_listen)]
+OptionalLocalKey: TypeAlias = Annotated[str, _key_of(_parse_local, may_be_empty=True)]
+"""As OptionalTargetKey, or a Unix socket."""
 OptionalListenKey: TypeAlias = Annotated[str, _key_of(parse_listen, may_be_empty=True)]
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from services.runtime.address import OptionalListenKey, OptionalTargetKey, TargetKey
+from services.runtime.address import OptionalListenKey, OptionalLocalKey, OptionalTargetKey, TargetKey
 from services.runtime.config import Section
 from services.runtime.errors import ConfigError
 from services.runtime.log import LogSection
@@ -78,9 +78,9 @@ class EngineSection(Section):
 class RewardSection(Section):
     """The local reward service."""
 
-    address: str = ""
+    address: OptionalLocalKey = ""
     """Socket of a running reward service, for example unix:///run/heterorl/reward.sock; empty starts one."""
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=1024)
     """Grader processes of a reward service started here."""
     attempts: int = Field(default=3, ge=1)
     """Tries to score a group when the grader itself fails, before the group is dropped and counted."""

@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 from enum import StrEnum
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from services.runtime.config import Section
 
@@ -80,6 +80,10 @@ class ZeroVariance(StrEnum):
     DROP = "drop"
 
 
+ICEPOP_FLOOR, ICEPOP_CAP = 0.5, 5.0
+"""Bounds of icepop's weights where they are unset."""
+
+
 class LossSettings(Section):
     """The loss. A key that is unset takes the default of the loss that `name` picks (docs/gepo.md has the table)."""
 
@@ -138,6 +142,14 @@ class LossSettings(Section):
     def wants_shares(self) -> bool:
         """Whether rewards must lie between 0 and 1."""
         return (self.advantage or (Advantage.BNPO if self.name is LossName.BNPO else None)) is Advantage.BNPO
+
+    @model_validator(mode="after")
+    def _bounds_leave_room(self) -> "LossSettings":
+        floor = ICEPOP_FLOOR if self.weight_floor is None else self.weight_floor
+        cap = self.weight_cap or ICEPOP_CAP
+        if self.name is LossName.ICEPOP and floor >= cap:
+            raise ValueError(f"weight_floor = {floor:g} is not below weight_cap = {cap:g}: icepop would use no token")
+        return self
 
     @field_validator("name", mode="before")
     @classmethod

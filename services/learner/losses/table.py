@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from services.learner.losses import sequence_losses, token_losses
 from services.learner.losses.prepared import Dials
 from services.learner.losses.ratio import Rows, Terms
-from services.learner.losses.settings import Advantage, Aggregation, LossName, LossSettings, SequenceLogprob
+from services.learner.losses.settings import (
+    ICEPOP_CAP,
+    ICEPOP_FLOOR,
+    Advantage,
+    Aggregation,
+    LossName,
+    LossSettings,
+    SequenceLogprob,
+)
 
 LossFunction = Callable[[Rows], Terms]
 
@@ -41,7 +49,7 @@ LOSSES: dict[LossName, LossRow] = {
         sequence_logprob=SequenceLogprob.SUM,
     ),
     LossName.TIS: LossRow(function=token_losses.tis),
-    LossName.ICEPOP: LossRow(function=token_losses.icepop, weight_cap=5.0, weight_floor=0.5),
+    LossName.ICEPOP: LossRow(function=token_losses.icepop, weight_cap=ICEPOP_CAP, weight_floor=ICEPOP_FLOOR),
     LossName.SEQ_MASK: LossRow(function=token_losses.seq_mask),
     LossName.DECOUPLED_PPO: LossRow(function=token_losses.decoupled_ppo),
 }

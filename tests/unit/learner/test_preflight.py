@@ -48,6 +48,16 @@ def test_log_probs_of_a_truncated_distribution_cannot_be_recomputed(sampling: di
         LearnerConfig.model_validate({"sampling": sampling, "batch": {"recompute_logprobs": True}})
 
 
+@pytest.mark.parametrize(
+    ("bounds", "fits"),
+    [({}, True), ({"weight_cap": 0.3}, False), ({"weight_floor": 5.0}, False), ({"weight_floor": 0.0}, True)],
+)
+def test_bounds_of_weights_that_leave_no_token_are_refused(bounds: dict[str, float], fits: bool) -> None:
+    with nullcontext() if fits else pytest.raises(ValueError, match="icepop would use no token"):
+        LearnerConfig.model_validate({"loss": {"name": "icepop", **bounds}})
+    LearnerConfig.model_validate({"loss": {"name": "tis", **bounds}})
+
+
 def test_folders_that_cannot_be_written_are_found_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of weeks is not to learn at its end that its policy can be put nowhere."""
     (tmp_path / "file").touch()

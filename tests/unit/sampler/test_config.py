@@ -56,3 +56,10 @@ def test_no_sampler_holds_more_leases_than_a_heartbeat_may_name(key: str) -> Non
     from_lease_ids([str(number) for number in range(16384)])
     with pytest.raises(ConfigError, match=f"{key} is '16385', but must be less than or equal to 16384"):
         load(SamplerConfig, None, [*INSECURE, f"--{key}=16385"], {})
+
+
+@pytest.mark.parametrize("address", ["", "unix:///run/reward.sock", "unix:reward.sock", "localhost:7445"])
+def test_a_reward_service_is_a_socket_or_an_address(address: str) -> None:
+    assert reward_of(f"--reward.address={address}").address == address
+    with pytest.raises(ConfigError, match=r"option --reward\.address: .* must be HOST:PORT: the port is missing"):
+        reward_of("--reward.address=/run/reward.sock")
