@@ -336,11 +336,13 @@ class LeaseTable:
         self.wake()
 
     def _held(self, lease_id: str, sampler_id: str) -> Work | None:
-        """The work, if this lease of this sampler is out."""
+        """The work, if this lease of this sampler is out; an orphan is whose who names it, as in a heartbeat."""
         name = LeaseName.parse(lease_id)
         work = self._works.get(name.key) if name else None
-        if name is None or work is None or work.holder is None:
+        if name is None or work is None:
             return None
+        if work.holder is None:
+            return work if work.is_out and name.learner_epoch != self._epoch else None
         return work if (work.holder.sampler_id, work.holder.lease) == (sampler_id, name) else None
 
     def facts(self, lease_id: str, sampler_id: str) -> LeaseFacts:

@@ -294,6 +294,16 @@ async def test_a_restart_makes_orphans_of_what_nobody_answered() -> None:
     assert ids(await given.leases("b", count=1)) == ["p1"]
 
 
+async def test_what_a_sampler_gives_back_or_answers_wrongly_right_after_a_restart_is_free_at_once() -> None:
+    given = Table(epoch=2, groups_per_step=5, max_staleness=0)
+    given.table.restore(following=3, floor=0, answered=set(), lost=set())
+    given.table.advance(0)
+    given.table.refuse("1-t0-1", "a")
+    given.table.release("a", ["1-t1-1", "2-t2-1"], "drain")  # the last one is of no grant that this start made
+    assert given.table.active == 1
+    assert ids(await given.leases("b", count=2)) == ["p0", "p1"]
+
+
 async def test_a_lease_is_a_samplers_own_and_made_up_names_are_never_leased() -> None:
     given = Table()
     given.table.advance(0)
