@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _version(text: str) -> int:
     number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("a version is 0 or more")
+    if not 0 <= number < 1 << 63:
+        raise argparse.ArgumentTypeError("a version is a number from 0 to 2^63 - 1")
     return number
 
 
 def _run_id(text: str) -> str:
-    if not text.isprintable():
-        raise argparse.ArgumentTypeError("a run id is printable text")
+    if not text.isprintable() or len(text) > 200:
+        raise argparse.ArgumentTypeError("a run id is printable text of at most 200 characters")
     return text
 
 

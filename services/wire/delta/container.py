@@ -50,7 +50,7 @@ def header_bytes(length_field: bytes, file_bytes: int, limit: int = MAX_HEADER_B
 def parse_header(text: bytes, file_bytes: int) -> Header:
     """Checks a header against the size of its file. Raises CorruptObjectError."""
     try:
-        document: object = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        document: object = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptObjectError("the safetensors header is not valid JSON, or repeats a key") from error
     if not isinstance(document, dict):
@@ -125,7 +125,8 @@ def _naturals(value: object) -> tuple[int, ...] | None:
     return numbers if len(numbers) == len(items) else None
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, for `object_pairs_hook`. Raises ValueError."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError("a key is repeated")

@@ -15,6 +15,7 @@ import numpy as np
 
 from services.runtime.errors import CorruptObjectError
 from services.wire.delta.codec import WrongBaseError, decode_chunk, write_chunk
+from services.wire.delta.density import Encoding
 from services.wire.delta.layout import Chunk, Segment
 from services.wire.delta.part import Part, load_part, parse_part
 from services.wire.delta.tensors import (
@@ -139,9 +140,8 @@ def allocate(forms: Sequence[TensorForm]) -> dict[str, BitTensor]:
 def load_parts(sources: Sequence[Source]) -> Iterator[Part]:
     """The parts one at a time, checked. Raises CorruptObjectError, which names the file where there is one."""
     for source in sources:
-        data = load_part(source)
         try:
-            part = parse_part(data)
+            part = parse_part(load_part(source))
         except CorruptObjectError as error:
             if isinstance(source, Path):
                 raise CorruptObjectError(f"{source.name}: {error}") from error
@@ -181,7 +181,7 @@ def survey_parts(parts: Iterable[Part]) -> Survey:
         raise CorruptObjectError("there is no part of a weight update")
     if len(infos) != infos[0].shards or len(shards) != len(infos):
         raise CorruptObjectError(
-            f"{len(shards)} different parts of a weight update of {infos[0].shards} parts: fetch all, each once"
+            f"{len(shards)} of the {infos[0].shards} parts of a weight update are there: fetch all, each once"
         )
     for form in forms.values():
         _check_cover(form, segments.get(form.name, []))
@@ -191,9 +191,13 @@ def survey_parts(parts: Iterable[Part]) -> Survey:
 
 
 def _check_base_needed(part: Part) -> None:
-    """A keyframe has every chunk: decoding it never needs a base."""
-    if part.info.kind is UpdateKind.KEYFRAME and len(part.payloads) != len(part.layout.chunks):
+    """A keyframe has the values of every chunk: decoding it never needs a base."""
+    if part.info.kind is not UpdateKind.KEYFRAME:
+        return
+    if len(part.payloads) != len(part.layout.chunks):
         raise CorruptObjectError("a keyframe lacks some of its chunks: fetch it again")
+    if any(bytes(payload[:1]) != bytes((Encoding.WHOLE,)) for payload in part.payloads.values()):
+        raise CorruptObjectError("a keyframe has changes in the place of values: fetch it again")
 
 
 def _check_cover(form: TensorForm, segments: list[Segment]) -> None:

@@ -17,6 +17,8 @@ MANY_PARTS = 8
 sooner the update is there."""
 PART_SEGMENTS = 4096
 """More tensors than this in one part would make its table large."""
+PART_EMPTY = 1024
+"""Tensors without elements, beside these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ class PartLayout:
     """What one safetensors file of an update covers.
 
     `forms` has every tensor that a chunk here touches; the tensors without elements are in the first part, and where
-    they are more than PART_SEGMENTS, so many in each.
+    they are more than PART_EMPTY, so many in each.
     """
 
     forms: tuple[TensorForm, ...]
@@ -93,10 +95,10 @@ def plan_parts(forms: Sequence[TensorForm]) -> list[PartLayout]:
         slots -= len(chunk.segments)
     parts: list[PartLayout] = []
     empty = [form.name for form in forms if form.elements == 0]
-    groups += [[] for _ in range(len(groups), -(-len(empty) // PART_SEGMENTS))]
+    groups += [[] for _ in range(len(groups), -(-len(empty) // PART_EMPTY))]
     for index, chunks in enumerate(groups):
         names = {segment.name for chunk in chunks for segment in chunk.segments}
-        names.update(empty[index * PART_SEGMENTS : (index + 1) * PART_SEGMENTS])
+        names.update(empty[index * PART_EMPTY : (index + 1) * PART_EMPTY])
         parts.append(PartLayout(forms=tuple(by_name[name] for name in sorted(names)), chunks=tuple(chunks)))
     return parts
 

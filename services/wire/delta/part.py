@@ -16,7 +16,7 @@ from typing import cast
 from blake3 import blake3
 
 from services.runtime.errors import BadInputError, CorruptObjectError, InputMissingError, StorageError
-from services.wire.delta.container import HEADER_LENGTH, Header, build_header, header_bytes, parse_header
+from services.wire.delta.container import HEADER_LENGTH, Header, build_header, header_bytes, parse_header, unique_keys
 from services.wire.delta.layout import CHUNK_ELEMENTS, PART_BYTES, Chunk, PartLayout, Segment
 from services.wire.delta.streams import compress, decompress
 from services.wire.delta.tensors import ITEM_BYTES, TensorForm, check_form
@@ -94,7 +94,9 @@ def parse_part(data: bytes) -> Part:
     if len(digests) != DIGEST_BYTES * len(layout.forms):
         raise CorruptObjectError("a weight update does not have one digest per tensor")
     keys = {chunk.key for chunk in layout.chunks}
-    if len(keys) != len(layout.chunks) or not blocks.keys() <= keys:
+    if len(keys) != len(layout.chunks):
+        raise CorruptObjectError("the table of a weight update names a chunk twice")
+    if not blocks.keys() <= keys:
         raise CorruptObjectError("a weight update has chunks that its table does not name")
     sizes = {form.name: form.item_bytes for form in layout.forms}
     elements = sum(chunk.count for chunk in layout.chunks)
@@ -141,11 +143,11 @@ def _table_text(layout: PartLayout) -> bytes:
 
 def _parse_table(text: bytes) -> PartLayout:
     try:
-        document: object = json.loads(text)
+        document: object = json.loads(text, object_pairs_hook=unique_keys)
         if not isinstance(document, dict):
             raise TypeError("not an object")
         rows = cast("dict[str, list[list[object]]]", document)
-        forms = tuple(_form(*row) for row in rows["tensors"])
+        forms = tuple(_form(row) for row in rows["tensors"])
         cuts = cast("list[list[list[int]]]", rows["chunks"])
         chunks = tuple(_chunk(forms, cut) for cut in cuts)
     except BadInputError:
@@ -157,7 +159,8 @@ def _parse_table(text: bytes) -> PartLayout:
     return PartLayout(forms=forms, chunks=chunks)
 
 
-def _form(name: object, dtype: object, shape: object) -> TensorForm:
+def _form(row: list[object]) -> TensorForm:
+    name, dtype, shape = row if len(row) == 3 else (None, None, None)
     if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(shape, list):
         raise TypeError("a tensor is not described by name, type and shape")
     return check_form(name, dtype, cast("list[int]", shape))
@@ -167,9 +170,10 @@ def _chunk(forms: Sequence[TensorForm], cuts: list[list[int]]) -> Chunk:
     """Every segment lies inside its tensor, all have one dtype, and together they are not too many."""
     segments: list[Segment] = []
     dtypes: set[str] = set()
-    for number, start, count in cuts:
-        if any(type(value) is not int for value in (number, start, count)) or number < 0:
-            raise TypeError("a chunk is not described by whole numbers")
+    for cut in cuts:
+        if len(cut) != 3 or any(type(value) is not int for value in cut) or not 0 <= cut[0] < len(forms):
+            raise TypeError("a chunk is not described by the numbers of a tensor, its first element and how many")
+        number, start, count = cut
         form = forms[number]
         if start < 0 or count <= 0 or start + count > form.elements:
             raise CorruptObjectError(f"a chunk lies outside {form.name}: fetch the object again")

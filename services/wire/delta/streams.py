@@ -62,7 +62,9 @@ def decompress(frame: memoryview | bytes, max_bytes: int) -> bytes:
     except (zstandard.ZstdError, ValueError) as error:
         raise CorruptObjectError("a compressed stream is not a zstd frame: fetch the object again") from error
     size = header.content_size
-    if size == zstandard.CONTENTSIZE_UNKNOWN or size > max_bytes:
+    if size == zstandard.CONTENTSIZE_UNKNOWN:
+        raise CorruptObjectError("a compressed stream does not say its size: fetch the object again")
+    if size > max_bytes:
         raise CorruptObjectError(f"a compressed stream claims more than the {max_bytes} bytes that it may hold")
     if header.window_size > MAX_WINDOW_BYTES or header.dict_id or not header.has_checksum:
         raise CorruptObjectError("a compressed stream has no checksum, a dictionary or too large a window")

@@ -105,7 +105,8 @@ def from_metadata(metadata: Mapping[str, str], file_bytes: int) -> tuple[UpdateI
     kind = _member(metadata, "kind", UpdateKind)
     codec = _member(metadata, "codec", Codec)
     is_delta = kind is UpdateKind.DELTA
-    if is_delta != ("base_root" in metadata) or is_delta == (codec is Codec.KEYFRAME):
+    names_base = {key in metadata for key in ("base_version", "base_root")}
+    if names_base != {is_delta} or is_delta == (codec is Codec.KEYFRAME):
         raise CorruptObjectError("the metadata of a weight update contradicts itself: fetch the object again")
     run_id = metadata.get("run_id", "")
     if len(run_id) > MAX_RUN_ID_CHARS or not run_id.isprintable():
@@ -128,6 +129,8 @@ def from_metadata(metadata: Mapping[str, str], file_bytes: int) -> tuple[UpdateI
         changed=_number(metadata, "changed", MAX_VERSION),
         parameters=_number(metadata, "parameters", MAX_VERSION),
     )
+    if info.changed > info.parameters:
+        raise CorruptObjectError("a weight update changes more elements than it covers: fetch the object again")
     return info, shard
 
 

@@ -247,6 +247,32 @@ def test_a_chunk_that_the_table_does_not_name_is_refused(base: Policy, delta: by
         apply_update([edited(delta, entries=lambda blocks: blocks.update({"model.norm.weight@7": b"\3"}))], base)
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda text: text[:-1] + b',"chunks":[]}', "a key is repeated"),
+        (lambda text: _with(text, lambda table: table["tensors"][0].pop()), "not described by name, type and shape"),
+        (lambda text: _with(text, lambda table: table["chunks"][0][0].pop()), "not described by the numbers"),
+        (lambda text: _with(text, lambda table: table["chunks"][0][0].__setitem__(0, 99)), "not described by the num"),
+        (lambda text: _with(text, lambda table: table["chunks"].append(table["chunks"][0])), "names a chunk twice"),
+    ],
+)
+def test_a_table_that_is_no_table_is_refused_in_our_words(
+    base: Policy, delta: bytes, edit: Callable[[bytes], bytes], words: str
+) -> None:
+    def change(blocks: dict[str, bytes]) -> None:
+        blocks["__table__"] = compress(edit(decompress(blocks["__table__"], 1 << 20)))
+
+    with pytest.raises(CorruptObjectError, match=words):
+        apply_update([edited(delta, entries=change)], base)
+
+
+def _with(text: bytes, change: Callable[[dict[str, list[list[object]]]], object]) -> bytes:
+    table = json.loads(text)
+    change(table)
+    return json.dumps(table).encode()
+
+
 def test_digests_that_do_not_make_the_root_are_refused(base: Policy, delta: bytes) -> None:
     zeros = bytes(len(split_part(delta)[1]["__digests__"]))
     with pytest.raises(CorruptObjectError, match="root"):
@@ -269,6 +295,15 @@ def test_a_keyframe_without_one_of_its_chunks_is_refused(base: Policy) -> None:
         apply_update([damaged], base)
 
 
+def test_a_keyframe_is_of_values_alone_and_names_no_base(base: Policy, delta: bytes) -> None:
+    (part,) = encode_keyframe(base, run_id="run", version=0).parts
+    changes = split_part(delta)[1][CHUNK]
+    with pytest.raises(CorruptObjectError, match="in the place of values"):
+        apply_update([edited(part, entries=lambda blocks: blocks.update({CHUNK: changes}))], None)
+    with pytest.raises(CorruptObjectError, match="contradicts"):
+        apply_update([edited(part, metadata=lambda fields: fields.update(base_version="0"))], None)
+
+
 def test_a_huge_claim_is_refused_before_the_result_is_allocated() -> None:
     (part,) = encode_keyframe({"w": tensor("BF16", [1, 2])}, run_id="run", version=0).parts
     header, blocks = split_part(part)
@@ -283,7 +318,8 @@ def test_a_huge_claim_is_refused_before_the_result_is_allocated() -> None:
 
 
 def test_metadata_of_a_sealed_part_must_agree_with_its_contents(base: Policy, delta: bytes) -> None:
-    for key, value in {"parameters": "1", "full_bytes": "1", "base_root": "0" * 63, "target_root": "G" * 64}.items():
+    wrong = {"parameters": "1", "full_bytes": "1", "changed": "99999", "base_root": "0" * 63, "target_root": "G" * 64}
+    for key, value in wrong.items():
         with pytest.raises(CorruptObjectError):
             apply_update([edited(delta, metadata=lambda fields, k=key, v=value: fields.update({k: v}))], base)
     with pytest.raises(CorruptObjectError):

@@ -257,9 +257,10 @@ def test_memory_that_tensors_share_is_not_decoded_into() -> None:
     assert apply_update(parts, base, staging=apart)["x"].bits is apart["x"].bits
 
 
-def test_thousands_of_empty_tensors_come_back() -> None:
-    weights = {f"{'e' * 400}{number}": tensor("BF16", [], (0,)) for number in range(11_000)}
-    base, new = {**weights, "w": tensor("BF16", [1])}, {**weights, "w": tensor("BF16", [2])}
+def test_thousands_of_tensors_with_long_names_and_thousands_of_empty_ones_come_back() -> None:
+    weights = {f"{'e' * 507}{number:05}": tensor("BF16", [], (0,)) for number in range(2100)}
+    weights |= {f"{'t' * 507}{number:05}": tensor("BF16", [1]) for number in range(4096)}
+    base, new = weights, {**weights, f"{'t' * 507}00000": tensor("BF16", [2])}
     update = delta_of(base, new)
     assert len(update.parts) == 3
     assert same(apply_update(update.parts, base, expect_root=root_of(new)), new)
