@@ -48,7 +48,7 @@ _SPELLINGS = {
     "×": "\\times ", "·": "\\cdot ", "÷": "/",
     "\\varnothing": "\\emptyset", "∅": "\\emptyset", "∞": "\\infty", "π": "\\pi",
     "\\leqslant": "\\leq", "\\geqslant": "\\geq", "≤": "\\leq ", "≥": "\\geq ", "≈": "\\approx ",
-    "\\langle": "(", "\\rangle": ")", "{:}": ":", "\\mathrm{i}": " i",
+    "\\langle": "(", "\\rangle": ")", "{:}": ":", "\\mathrm{i}": " i", "\\mathrm{e}": " e",
     **dict.fromkeys(("\\bf", "\\rm", "\\large", "\\Large", "\\LARGE", "\\huge", "\\Huge"), ""),
     "\\lbrace": "\\{", "\\rbrace": "\\}", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
     **{one: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", one).split("⁄")) for one in FRACTION_SIGNS},
@@ -170,10 +170,10 @@ def said_at_last(text: str) -> str | None:
     return None if "<think>" in rest else rest
 
 
-def phrase_answer(text: str) -> str | None:
+def phrase_answer(text: str, *, may_head: bool = True) -> str | None:
     """What follows the last "answer is", "answer:" or "answer =", up to the end of the sentence.
 
-    None too where it heads a solution of several lines, whose first sentence is not the answer.
+    Where it `may_head` a solution of several lines, the first sentence of one is not the answer: None then.
     """
     last = None
     tail = text[-TAIL_CHARS:]
@@ -181,15 +181,16 @@ def phrase_answer(text: str) -> str | None:
         last = match
     if last is None:
         return None
-    display = _MATH.match(tail, last.end())
+    start, shown = last.end(), ""
+    display = _MATH.match(tail, start)
     if display is not None and (display["display"] or display["square"]):
-        return display[0]
-    line, _, below = tail[last.end() :].partition("\n")
-    if "\n" in last[0] and _WORD.search(line) and below.strip():
+        start, shown = display.end(), display[0]
+    line, _, below = tail[start:].partition("\n")
+    if may_head and not shown and "\n" in last[0] and _WORD.search(line) and below.strip():
         return None
     rest = _EMPHASIS.sub("", _CALCULATOR.sub("", line))
     end = _SENTENCE_END.search(rest)
-    return rest[: end.start()] if end else rest
+    return shown + (rest[: end.start()] if end else rest)
 
 
 def formulas(text: str) -> list[str]:

@@ -162,7 +162,7 @@ class MathGrader:
             )
         if gold.number is not None and self._options.evaluated:
             return "not a plain number"
-        if answer != gold.text and extract.is_prose(answer, _PROSE):
+        if answer != gold.text and (extract.is_prose(answer, _PROSE) or phrases.NEGATION.search(answer)):
             return "a sentence"
         reason = symbolic.same_expression(gold.text, answer)
         if reason is not None and self._options.tolerance and number is not None:
@@ -223,7 +223,7 @@ def _gold_text(answer: str) -> str:
 
 
 def _phrase(text: str, gold: Gold) -> list[str] | None:
-    phrase = extract.phrase_answer(text)
+    phrase = extract.phrase_answer(text, may_head=gold.letters is None and gold.words is None)
     return None if phrase is None else [_stated(phrase, gold)]
 
 

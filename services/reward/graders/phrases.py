@@ -9,7 +9,7 @@ from services.reward.graders.quantity import read_quantity
 # The left side of "9 * 2 = 18 dollars".
 _SUM = re.compile(r"(?:[\d\s.,+*/()=$-]|\\(?:times|cdot|div))+")
 _LONG_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{3,}")
-_NEGATION = re.compile(r"\b(?:not|never|neither|no longer|isn't|wasn't|cannot)\b", re.IGNORECASE)
+NEGATION = re.compile(r"\b(?:not|never|neither|no longer|isn't|wasn't|cannot)\b", re.IGNORECASE)
 # Behind a number: another number follows, or the number is only a part of what is stated.
 _GOES_ON = re.compile(
     r"\s*(?:or|and|to|through|plus|minus|times|divided|squared|cubed|factorial|mod|(?:less|more|fewer|greater) than)\b",
@@ -36,7 +36,7 @@ def within(phrase: str, *, number_wanted: bool, may_reason: bool = False) -> str
     found = formulas(phrase)
     if found:
         before = phrase.split(found[0], 1)[0]
-        doubtful = _NEGATION.search(before) or (may_reason and _numbers_beside(phrase, found))
+        doubtful = NEGATION.search(before) or (may_reason and _numbers_beside(phrase, found))
         return phrase if doubtful else ", ".join(found)
     cleaned = _NEGATIVE.sub("-", clean(phrase))
     if cleaned.startswith("-") and read_quantity(cleaned) is not None:
@@ -51,7 +51,7 @@ def within(phrase: str, *, number_wanted: bool, may_reason: bool = False) -> str
     if not stated:
         return phrase
     before, _, behind = cleaned.partition(stated[0].lstrip("-"))
-    if _NEGATION.search(before) or _NOT_ITSELF.search(before) or _GOES_ON.match(behind):
+    if NEGATION.search(before) or _NOT_ITSELF.search(before) or _GOES_ON.match(behind):
         return phrase
     if len(set(stated)) == 1:
         return stated[0]
