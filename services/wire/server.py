@@ -102,14 +102,20 @@ def bind(server: grpc.aio.Server, address: Address, credentials: grpc.ServerCred
 def bind_unix(server: grpc.aio.Server, path: Path) -> str:
     """Binds to a Unix socket for this user alone and returns its target, `unix:///path`.
 
-    A socket file that nobody serves is left from a crash and is replaced. Raises UnavailableError if one is served.
+    A socket file that nobody serves is left from a crash and is replaced. Raises UnavailableError if one is served, or
+    none can be made there.
     """
     target = f"unix://{path.absolute()}"
-    if path.is_socket():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex(str(path)) == 0:
-                raise UnavailableError(f"socket {path} is in use by another process: stop it or set another path")
-        path.unlink(missing_ok=True)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    raise UnavailableError(f"socket {path} is in use by another process: stop it or set another path")
+            path.unlink(missing_ok=True)
+    except UnavailableError:
+        raise
+    except OSError as error:  # the folder or the old socket is another user's, the name too long
+        raise UnavailableError(f"cannot listen on socket {path}: {error.strerror or error}") from error
     try:
         server.add_insecure_port(target)
     except RuntimeError as error:
