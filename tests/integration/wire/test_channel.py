@@ -169,5 +169,5 @@ async def test_a_unix_socket_is_private_replaces_a_dead_one_and_refuses_a_live_o
 
 
 async def test_a_socket_that_cannot_be_looked_at_is_one_sentence(tmp_path: Path):
-    with pytest.raises(UnavailableError, match="cannot listen on socket .*: File name too long"):
+    with pytest.raises(UnavailableError, match=r"cannot listen on socket .*: File name too long"):
         bind_unix(build_server("reward", []), tmp_path / ("x" * 300))
