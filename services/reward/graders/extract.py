@@ -26,6 +26,7 @@ _PHRASE = re.compile(
 )
 _ANSWER_HEADING = re.compile(r"[*_\s]*(?:final\s+)?answer[*_:\s]*", re.IGNORECASE)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_STEP = re.compile(rf"{_WORD.pattern}|=")
 _HEADING = re.compile(r"\s*[*_]*[A-Za-z]{3}")
 _TAG = "<answer>"
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations: 5*2=<<5*2=10>>10
@@ -186,7 +187,7 @@ def phrase_answer(text: str, *, may_head: bool = True) -> str | None:
     if display is not None and (display["display"] or display["square"]):
         start, shown = display.end(), display[0]
     line, _, below = tail[start:].partition("\n")
-    if may_head and not shown and "\n" in last[0] and _WORD.search(line) and below.strip():
+    if may_head and not shown and "\n" in last[0] and _STEP.search(line) and below.strip():
         return None
     rest = _EMPHASIS.sub("", _CALCULATOR.sub("", line))
     end = _SENTENCE_END.search(rest)
