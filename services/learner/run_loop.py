@@ -114,7 +114,8 @@ class RunLoop:
         await p.plane.room.until_written("trained groups", lambda: p.plane.mark_trained(batch, step))
         hit("step.after_mark_trained")
         p.state.step = step
-        p.state.mismatch.update(result.mismatch)
+        mismatch = {**p.state.mismatch, **result.mismatch}
+        p.state.mismatch = {name: mismatch[name] for name in mismatch if p.plane.sessions.find(name) is not None}
         await asyncio.to_thread(self._snapshots.take)
         next_batch = await self._publish_and_take(self._publish(step, result.metrics))
         if self._due(p.config.checkpoint.every_steps):
