@@ -55,8 +55,8 @@ class Demo:
     async def run(self) -> None:
         """The whole demo. Raises EngineError when a process fails that the demo did not kill."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        loop.add_signal_handler(signal.SIGTERM, self._interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._interrupt)
         site = self._site
         try:
             self._tell("certificates, data and configuration are written")

@@ -86,7 +86,7 @@ def read_buckets(journal: Path, most_groups: int) -> list[Bucket]:
 def _buckets(connection: sqlite3.Connection, most_groups: int) -> Iterator[Bucket]:
     query = (
         "SELECT sampler_id, staleness, payload FROM groups WHERE purpose = ? AND trained_step IS NOT NULL "
-        "AND staleness BETWEEN ? AND ? ORDER BY id DESC LIMIT ?"
+        "AND length(payload) > 0 AND staleness BETWEEN ? AND ? ORDER BY id DESC LIMIT ?"
     )
     for first, last in BUCKETS:
         rows = connection.execute(query, (PURPOSE_TRAIN, first, 1 << 60 if last is None else last, most_groups))

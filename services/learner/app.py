@@ -90,7 +90,7 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
         metrics.registry.register(LearnerCollector(learner.observed.status, asyncio.get_running_loop()))
         async with server.serving(_services(config, learner, drain), plane.sessions, drain):
             atomic_write(state_dir / ADDRESS_NAME, f"{server.address}\n".encode())
-            print(f"learner listens on {server.address}", flush=True)
+            process.say(f"learner listens on {server.address}")
             process.ready(f"serving run {config.run.id} on {server.address}")
             with metrics.served(config.listen.metrics_address) as scraped:
                 if scraped is not None:

@@ -10,10 +10,10 @@ import grpc
 
 from heterorl.v1 import monitor_pb2, monitor_pb2_grpc
 from services.runtime.address import parse_target
-from services.runtime.errors import HeteroRLError, MismatchError, UnavailableError
+from services.runtime.errors import HeteroRLError, UnavailableError
 from services.wire.channel import open_channel, route_to
 from services.wire.credentials import channel_credentials
-from services.wire.errors import from_rpc_error
+from services.wire.errors import from_rpc_error, no_learner
 from services.wire.identity import Identity, Role
 from services.wire.tls import TlsFiles
 
@@ -67,12 +67,13 @@ async def answer_to(target: str, call: Callable[[float], Awaitable[_T]], timeout
 def unanswered(target: str, error: grpc.aio.AioRpcError) -> HeteroRLError:
     """The error of a failed call; silence gets a sentence that names who is silent, and gRPC's reason if it has one."""
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return MismatchError(f"{target} answers, and is no learner of this version: is it a relay or an older learner?")
+        return no_learner(target)
     if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return from_rpc_error(error)
     reason = error.details() if error.code() is grpc.StatusCode.UNAVAILABLE else None
+    where = target if target.startswith("unix:") else route_to(parse_target(target))
     return UnavailableError(
-        f"{route_to(parse_target(target))} does not answer: is it running, and do its certificates fit ours?"
+        f"{where} does not answer: is it running, and do its certificates fit ours?"
         + (f" ({reason})" if reason else "")
     )
 

@@ -1,6 +1,7 @@
 """The live terminal view: follows WatchStatus, and comes back when the learner does."""
 
 import asyncio
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -23,7 +24,7 @@ async def watch(target: str, tls: TlsFiles | None, interval_s: float, *, as_json
     Raises UnavailableError when the learner does not answer the first time.
     """
     console = views.console()
-    drawn = not as_json and console.is_terminal and not console.is_dumb_terminal
+    drawn = not as_json and sys.stdout.isatty() and not console.is_dumb_terminal
     backoff, never = Backoff(), asyncio.Event()
     rewards: list[float] = []
     last_step = 0

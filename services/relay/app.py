@@ -114,7 +114,7 @@ async def run_relay(config: RelayConfig, process: Process) -> None:
         ]
         await server.start()
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
-        print(f"relay listens on {address}", flush=True)
+        process.say(f"relay listens on {address}")
         process.ready(f"relaying {ends.upstream} on {address}")
         try:
             await process.drain.wait()

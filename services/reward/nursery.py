@@ -53,8 +53,9 @@ def main(argv: Sequence[str]) -> int:
     limits = Limits(**settings["limits"])
     allowed = settings["permissions"]
     permissions = Permissions(code=allowed["code"], python=tuple(allowed["python"]))
-    # A terminal's Ctrl-C goes to every process of the group: the pool decides when workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal's Ctrl-C, or its end, goes to every process of the group: the pool decides when workers end.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     _warm()
     wake_read, wake_write = socket.socketpair()
     wake_write.setblocking(False)

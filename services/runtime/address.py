@@ -47,6 +47,8 @@ def parse_listen(text: str) -> Address:
 def _parse_local(text: str) -> None:
     if not text.startswith("unix:"):
         parse_target(text)
+    elif not text.removeprefix("unix:").strip("/"):
+        raise UsageError(f"{text!r} is not unix:///path")
 
 
 def _key_of(parse: Callable[[str], object], *, may_be_empty: bool = False) -> AfterValidator:

@@ -57,9 +57,10 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _in_64_bits(cls, value: object) -> object:
-        """Larger ones end a run where they reach a database, a message or a library."""
-        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+    def _in_64_bits(cls, value: object, info: ValidationInfo) -> object:
+        """Larger ones end a run where they reach a database, a message or a library. Data (`Any`) may be larger."""
+        counts = int in arms(cls.model_fields[str(info.field_name)].annotation)
+        if counts and isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
             raise ValueError("must be an integer of 64 bits")
         return value
 

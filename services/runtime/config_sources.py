@@ -49,7 +49,7 @@ def read_file(path: Path) -> dict[KeyPath, Setting]:
     """The keys of a TOML file. Raises InputMissingError, or ConfigError if it is not readable TOML."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        table = tomllib.loads(text)
+        values = _flatten(tomllib.loads(text))
     except FileNotFoundError:
         raise InputMissingError(f"there is no config file {path}") from None
     except OSError as error:
@@ -62,7 +62,7 @@ def read_file(path: Path) -> dict[KeyPath, Setting]:
         reason = str(error).replace("(at ", "at ").removesuffix(")")
         raise ConfigError(f"config file {path} is not valid TOML: {reason}") from None
     setting = Setting(value=None, source=f"file {path}", origin=str(path), text=text)
-    return {key: setting.with_value(value) for key, value in _flatten(table).items()}
+    return {key: setting.with_value(value) for key, value in values.items()}
 
 
 def read_environment(

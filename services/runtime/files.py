@@ -93,8 +93,8 @@ def _sync(path: Path) -> None:
 def locked_directory(directory: Path) -> Generator[None]:
     """Makes `directory` and owns it while the block runs. Raises StorageError if another process owns it.
 
-    What a killed owner was writing there by `atomic_write` is removed. The kernel frees the lock when the process ends,
-    however it ends: no stale lock, no manual step after a crash.
+    What somebody who was killed was writing there by `atomic_write` is removed. The kernel frees the lock when the
+    process ends, however it ends: no stale lock, no manual step after a crash.
     """
     with storage_errors(f"use folder {directory}"):
         directory.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import secrets
@@ -27,13 +28,18 @@ _NO_MEMORY = "there is not enough memory: free some, or use a larger machine"
 
 
 class Process:
-    """What `main` gets: its tasks, its drain event, and its voice towards systemd."""
+    """What `main` gets: its tasks, its drain event, and its voice towards systemd and a terminal."""
 
     def __init__(self, tasks: asyncio.TaskGroup, log: Logger) -> None:
         self.tasks = tasks
         self.drain = asyncio.Event()
         """Set by the first SIGTERM, SIGINT or SIGHUP, or by `request_drain`: finish what is in flight, then return."""
         self._log = log
+
+    def say(self, text: str) -> None:
+        """A line for a person or a script, unless the terminal has gone."""
+        if not self.drain.is_set():
+            print(text, flush=True)
 
     def ready(self, status: str) -> None:
         """The process serves: systemd starts what waits for it."""
@@ -84,7 +90,8 @@ async def _supervise(main: Callable[[Process], Awaitable[None]], log: Logger) ->
 
 def _on_signal(process: Process, number: signal.Signals) -> None:
     if process.drain.is_set():
-        print(f"second {number.name}: ending at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            print(f"second {number.name}: ending at once", file=sys.stderr, flush=True)
         os._exit(128 + number)
     process.request_drain(number.name)
 

@@ -22,7 +22,7 @@ from services.runtime.log import get_logger
 from services.sampler.spool import Spool
 from services.wire.channel import route_to
 from services.wire.convert import from_run_settings, from_session, to_engine
-from services.wire.errors import peer_error
+from services.wire.errors import no_learner, peer_error
 from services.wire.types import PROTOCOL_VERSION, EngineInfo, RunSettings, Session
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only
@@ -95,9 +95,7 @@ class LearnerSession:
             except grpc.aio.AioRpcError as rpc_error:
                 error = peer_error(rpc_error)
                 if rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    raise MismatchError(
-                        f"{self.learner} answers, and is no learner of this version: is it a relay or an older learner?"
-                    ) from None
+                    raise no_learner(self.learner) from None
                 if not isinstance(error, UnavailableError | ExhaustedError):
                     raise error from None
             wait_s = max(backoff.next_delay_s(), 0.1)

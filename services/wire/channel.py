@@ -103,7 +103,7 @@ def proxy_to(host: str) -> str:
     name = _first_set("grpc_proxy", "https_proxy", "http_proxy")
     try:
         proxy = urlsplit(os.environ.get(name, ""))
-        if proxy.scheme != "http" or not proxy.hostname:
+        if not os.environ.get(name, "").startswith("http://") or not proxy.hostname:
             return ""
     except ValueError:
         return ""

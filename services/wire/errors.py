@@ -129,6 +129,13 @@ def peer_error(error: grpc.aio.AioRpcError) -> HeteroRLError:
     return found
 
 
+def no_learner(target: str) -> HeteroRLError:
+    """For UNIMPLEMENTED of a call that every learner knows."""
+    return errors.MismatchError(
+        f"{target} answers, and is no learner of this version: is it a relay or an older learner?"
+    )
+
+
 def _row_of(error: HeteroRLError) -> tuple[type[HeteroRLError], grpc.StatusCode, str]:
     return next(_BY_CLASS[base] for base in type(error).__mro__ if base in _BY_CLASS)
 

@@ -19,6 +19,8 @@ ServerRole: TypeAlias = Literal["learner", "relay", "reward"]
 
 MAX_CONNECTIONS = 256
 """As shipped. Each that stalls costs about 1.2 MiB."""
+_OTHER_FILES = 256
+"""Open files of a learner or relay beside its connections: objects that are read, the journal, metrics."""
 
 _LIMITS: tuple[Option, ...] = (
     ("grpc.so_reuseport", 0),  # on by default, and two servers then share a port silently
@@ -42,10 +44,6 @@ _WIDE_AREA: tuple[Option, ...] = (
     ("grpc.max_connection_age_grace_ms", 300_000),
     ("grpc.server_handshake_timeout_ms", 15_000),  # TCP without TLS is cut
 )
-
-
-_OTHER_FILES = 256
-"""Open files of a learner or relay beside its connections: objects that are read, the journal, metrics."""
 
 
 def server_options(role: ServerRole, max_connections: int = MAX_CONNECTIONS) -> list[Option]:
@@ -73,8 +71,8 @@ def _allow_files(count: int) -> None:
     soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
     if hard < count:
         raise ConfigError(
-            f"listen.max_connections needs {count} open files, and this process may open {hard}: "
-            "lower it, or raise the limit (ulimit -n, LimitNOFILE=)"
+            f"listen.max_connections ({count - _OTHER_FILES}) needs {count} open files, and this process may open"
+            f" {hard}: lower it, or raise the limit (ulimit -n, LimitNOFILE=)"
         )
     if soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, limits[1]))

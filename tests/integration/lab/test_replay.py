@@ -79,6 +79,15 @@ def test_only_the_newest_groups_of_a_bucket_are_taken(tmp_path: Path) -> None:
     assert len(bucket.groups) == 2
 
 
+def test_groups_that_an_operator_has_emptied_are_left_out(tmp_path: Path) -> None:
+    journal = write_journal(tmp_path, [0, 0, 0])
+    connection = connect(journal, "run")
+    connection.execute("UPDATE groups SET payload = x'' WHERE trained_step <= 1")
+    connection.close()
+    (bucket,) = read_buckets(journal, most_groups=64)
+    assert len(bucket.groups) == 1
+
+
 def test_every_loss_sees_the_same_groups_and_gives_its_own_numbers(tmp_path: Path) -> None:
     buckets = read_buckets(write_journal(tmp_path, [0, 0, 5, 5]), most_groups=64)
     found = list(replay(buckets, POLICY, LOSSES, device="cpu"))

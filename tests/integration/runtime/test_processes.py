@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ async def start(*arguments: str, **environ: str) -> asyncio.subprocess.Process:
     return process
 
 
+@pytest.fixture(autouse=True)
+def children_hear_of_the_terminals_end() -> Generator[None]:
+    """As where pytest itself does not run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_signal_drains_and_ends_with_zero(number: signal.Signals):
     process = await start()
@@ -71,6 +80,21 @@ async def test_a_second_signal_ends_at_once():
     _, err = await process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert b"second SIGTERM: ending at once" in err
+
+
+async def test_a_second_signal_ends_at_once_where_the_terminal_has_gone():
+    ours, terminal = os.openpty()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PROGRAM, "hang", stdout=subprocess.PIPE, stderr=terminal
+    )
+    os.close(terminal)
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"ready\n"
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert await process.stdout.readline() == b"drained\n"
+    process.send_signal(signal.SIGTERM)
+    assert await process.wait() == 128 + signal.SIGTERM
 
 
 async def test_a_terminal_that_goes_away_drains_however_often_it_is_told_and_not_under_nohup():

@@ -83,7 +83,7 @@ async def test_more_connections_than_files_raise_the_soft_limit_or_are_refused_a
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 700
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    with pytest.raises(ConfigError, match=r"listen\.max_connections needs .* open files, and this process may open"):
+    with pytest.raises(ConfigError, match=r"listen\.max_connections .* needs .* open files, and this process may open"):
         build_server("learner", [], max_connections=limits[1])
 
 

@@ -24,6 +24,13 @@ def test_silence_names_who_is_silent_and_grpcs_reason():
     assert "Deadline" not in str(said(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"))
 
 
+def test_a_socket_that_nobody_serves_is_named():
+    silent = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), "No such file or directory")
+    error = unanswered("unix:///run/reward.sock", silent)
+    assert isinstance(error, UnavailableError)
+    assert str(error).startswith("unix:///run/reward.sock does not answer")
+
+
 def test_a_refusal_is_told_in_the_learners_words():
     error = said(grpc.StatusCode.PERMISSION_DENIED, "sampler eu-1 may not call it")
     assert isinstance(error, RefusedError)

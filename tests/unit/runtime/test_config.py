@@ -3,7 +3,7 @@
 import tomllib
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, model_validator
@@ -58,6 +58,13 @@ class Tree(Section):
         if self.seed % 2:
             raise ValueError("seed must be even: use 2 or 4")
         return self
+
+
+def test_data_may_hold_integers_of_any_size():
+    class Case(Section):
+        value: Any = None
+
+    assert Case(value=10**30).value == 10**30
 
 
 def run(tmp_path: Path, text: str, *overrides: str, **environ: str):
@@ -162,6 +169,7 @@ def test_a_missing_file_broken_toml_and_a_stray_word_have_their_own_errors(tmp_p
     with pytest.raises(ConfigError, match="cannot be read"):
         load(Tree, tmp_path, [], {})
     assert "nested too deeply" in failure(tmp_path, "seed = " + "[" * 100_000)
+    assert "nested too deeply" in failure(tmp_path, ".".join("a" * 3000) + " = 1")
     assert "not valid TOML" in failure(tmp_path, "seed = " + "9" * 5000)
 
 

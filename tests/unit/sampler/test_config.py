@@ -63,3 +63,5 @@ def test_a_reward_service_is_a_socket_or_an_address(address: str) -> None:
     assert reward_of(f"--reward.address={address}").address == address
     with pytest.raises(ConfigError, match=r"option --reward\.address: .* must be HOST:PORT: the port is missing"):
         reward_of("--reward.address=/run/reward.sock")
+    with pytest.raises(ConfigError, match=r"must be unix:///path"):
+        reward_of("--reward.address=unix:///")
