@@ -25,8 +25,12 @@ _PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _ANSWER_HEADING = re.compile(r"[*_\s]*(?:final\s+)?answer[*_:\s]*", re.IGNORECASE)
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_STEP = re.compile(rf"{_WORD.pattern}|=")
+# The first line of a solution: words, or something computed. "18 dollars" and "x = 18" are answers.
+_STEP = re.compile(r"[*_\s]*[A-Za-z]{3}|(?=[^=\n]*\d)[^=\n]*=")
+_FINAL = re.compile(r"\bfinal\b|\bis\b", re.IGNORECASE)
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}(?:\s*\{[^{}]*\})?")
+# Words side by side: "abc" of abc+abd is a product.
+_SENTENCE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+(?:[\s,.]+[A-Za-z]+)+")
 _HEADING = re.compile(r"\s*[*_]*[A-Za-z]{3}")
 _TAG = "<answer>"
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations: 5*2=<<5*2=10>>10
@@ -157,8 +161,12 @@ def tagged_answer(text: str) -> tuple[int, str] | None:
 
 
 def is_prose(text: str, words: int) -> bool:
-    """Whether cleaned text that is no plain words has so many of them: read as mathematics, letters are factors."""
-    found = _WORD.findall(_WRAPPED.sub(" ", text))
+    """Whether cleaned text that is no plain words has so many of them: read as mathematics, letters are factors.
+
+    What stands before the last "=" names the value ("Volume of the cone = 9\\pi") and is not counted.
+    """
+    value = _WRAPPED.sub(" ", _ENVIRONMENT.sub(" ", text)).rpartition("=")[2]
+    found: list[str] = re.findall(r"[A-Za-z]{3,}", " ".join(_SENTENCE.findall(value)))
     return sum(word.lower() not in MATH_WORDS for word in found) >= words
 
 
@@ -174,7 +182,7 @@ def said_at_last(text: str) -> str | None:
 def phrase_answer(text: str, *, may_head: bool = True) -> str | None:
     """What follows the last "answer is", "answer:" or "answer =", up to the end of the sentence.
 
-    Where it `may_head` a solution of several lines, the first sentence of one is not the answer: None then.
+    Where a bare "Answer:" `may_head` a solution of several lines, the first line of one is not the answer: None then.
     """
     last = None
     tail = text[-TAIL_CHARS:]
@@ -187,7 +195,8 @@ def phrase_answer(text: str, *, may_head: bool = True) -> str | None:
     if display is not None and (display["display"] or display["square"]):
         start, shown = display.end(), display[0]
     line, _, below = tail[start:].partition("\n")
-    if may_head and not shown and "\n" in last[0] and _STEP.search(line) and below.strip():
+    heads = may_head and not shown and "\n" in last[0] and _FINAL.search(last[0]) is None
+    if heads and _STEP.match(line) and below.strip():
         return None
     rest = _EMPHASIS.sub("", _CALCULATOR.sub("", line))
     end = _SENTENCE_END.search(rest)
