@@ -186,7 +186,8 @@ async def _restore(parts: LoopParts, versions: VersionFiles) -> None:
     if position is not None:
         version, state = position.version, cast("Mapping[str, int | str]", position.data)
         _restore_counters(parts, position)
-    parts.records.rewind_to(-1 if position is None else version)  # the first evaluation is made again too
+    # Without a checkpoint the first evaluation is made again too.
+    parts.state.add_evals(parts.records.rewind_to(-1 if position is None else version))
     await parts.plane.restore(state)
     if position is not None:
         await parts.publisher.restore(version, weights, position.root)

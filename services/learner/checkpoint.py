@@ -63,6 +63,8 @@ class Checkpoints:
             directory.mkdir(parents=True, exist_ok=True)
             for left_over in directory.glob(".step-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
+            for left_over in directory.glob("step-*/.*.tmp"):
+                left_over.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, newest first, sound or not. Copies under names of their own are somebody else's.
@@ -94,6 +96,15 @@ class Checkpoints:
         for step in (*steps[:now], *steps[now + self._keep :]):
             shutil.rmtree(self._path(step), ignore_errors=True)
         return final
+
+    def write_again(self, position: Position) -> Path:
+        """What changed beside policy and optimizer since this step's checkpoint was written or restored. Raises
+        StorageError, ValueError or KeyError where somebody has damaged it meanwhile."""
+        path = self._path(position.step)
+        with storage_errors(f"write checkpoint {path}"):
+            written = cast("Mapping[str, object]", json.loads((path / _STATE).read_bytes()))
+            _write_state(path, position, cast("Mapping[str, str]", written["digests"]))
+        return path
 
     def restore(self, policy: Policy, trainer: Trainer) -> Position | None:
         """Loads the newest sound checkpoint into policy and trainer; None where there is none.
@@ -128,10 +139,7 @@ class Checkpoints:
         save_tensors(masters, folder / _MASTERS)
         optimizer = {name: tensor.detach().cpu().contiguous() for name, tensor in trainer.state().items()}
         save_tensors({**optimizer, _RNG: torch.get_rng_state()}, folder / _OPTIMIZER)
-        fields = {name: getattr(position, name) for name in Position.__dataclass_fields__}
-        digests = {name: _digest(folder / name) for name in (_MASTERS, _OPTIMIZER)}
-        state = cast("dict[str, object]", json.loads(json.dumps({"format": _FORMAT, **fields, "digests": digests})))
-        atomic_write(folder / _STATE, json.dumps({**state, _DIGEST: _digest_of(state)}, indent=1).encode())
+        _write_state(folder, position, {name: _digest(folder / name) for name in (_MASTERS, _OPTIMIZER)})
 
     def _load(self, path: Path, policy: Policy, trainer: Trainer) -> Position:
         fields = cast("dict[str, object]", json.loads((path / _STATE).read_bytes()))
@@ -158,6 +166,12 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self._directory / f"step-{step:08d}"
+
+
+def _write_state(folder: Path, position: Position, digests: Mapping[str, str]) -> None:
+    fields = {name: getattr(position, name) for name in Position.__dataclass_fields__}
+    state = cast("dict[str, object]", json.loads(json.dumps({"format": _FORMAT, **fields, "digests": digests})))
+    atomic_write(folder / _STATE, json.dumps({**state, _DIGEST: _digest_of(state)}, indent=1).encode())
 
 
 def _digest(path: Path) -> str:

@@ -56,7 +56,7 @@ def remove_left_over(directory: Path) -> None:
     prefix = _beside(directory)
     if directory.parent.is_dir():
         for path in directory.parent.iterdir():
-            if path.name.startswith(prefix):
+            if path.name.startswith(prefix) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
 
 

@@ -17,7 +17,7 @@ METRICS_NAME = "metrics.jsonl"
 SUMMARY_NAME = "summary.json"
 
 _READ_BYTES = 1 << 16
-_EVAL_KEY = "eval_round"
+EVAL_ROUND = "eval_round"
 """Only an evaluation's line has it; its step is the version that the round began with."""
 
 _log = get_logger("learner.records")
@@ -63,18 +63,20 @@ class Records:
         """Makes all lines durable, for a checkpoint: their steps are not taken again. Raises StorageError."""
         sync_file(self._path)
 
-    def rewind_to(self, step: int) -> None:
-        """Forgets what came after `step`: the learner was restored, and takes those steps again."""
+    def rewind_to(self, step: int) -> list[Record]:
+        """Forgets what came after `step`: the learner was restored, and takes those steps again. Returns the
+        evaluations that ended since that step and stay: the checkpoint may not know them."""
         with storage_errors(f"read {self._path}"):
             text = self._path.read_bytes() if self._path.is_file() else b""
-        lines, kept = text.splitlines(keepends=True), list[bytes]()
+        lines, kept = text.splitlines(keepends=True), list[Record]()
         while lines:
             record = _parse(lines.pop())
             if record is not None and record.step <= step:
-                kept.insert(0, record.line())
-                if _EVAL_KEY not in record.metrics:
+                kept.insert(0, record)
+                if EVAL_ROUND not in record.metrics:
                     break  # what stands before a step's line is of earlier steps: a long run's would take minutes
-        atomic_write(self._path, b"".join((*lines, *kept)))
+        atomic_write(self._path, b"".join((*lines, *(record.line() for record in kept))))
+        return [record for record in kept if EVAL_ROUND in record.metrics]
 
     async def follow(self, from_step: int) -> AsyncIterator[Record]:
         """*Consumes* nothing; *waits for* new records; *produces* all from `from_step` on, in order; endless;

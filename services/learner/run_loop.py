@@ -20,7 +20,7 @@ from services.learner.evaluation import EvalRound
 from services.learner.plans import Planner
 from services.learner.policy import Policy
 from services.learner.publisher import Published, Publisher
-from services.learner.records import Record, Records
+from services.learner.records import EVAL_ROUND, Record, Records
 from services.learner.run_control import RunControl, unless_set
 from services.learner.run_state import Activity, EvalPoint, RunState
 from services.learner.snapshots import Snapshots
@@ -63,7 +63,8 @@ class RunLoop:
 
     def __init__(self, parts: LoopParts) -> None:
         self._p = parts
-        self._saved_step = parts.state.step if parts.checkpoints.steps() else -1
+        self._saved = (parts.state.step, len(parts.state.evals)) if parts.checkpoints.steps() else None
+        """Step and evaluations that the newest checkpoint holds: one evaluation comes after the last step."""
         self._nonfinite = 0
         on_device = parts.config.publish.diff_on_device and parts.policy.device.type == "cuda"
         self._snapshots = Snapshots(parts.policy, on_device=on_device, workers=parts.config.publish.workers)
@@ -207,19 +208,20 @@ class RunLoop:
 
     async def _checkpoint_in_between(self) -> None:
         """On a full disk it is left out where there is an earlier one, and waited for where there is none."""
-        if self._saved_step < 0:
+        if self._saved is None:
             await self._p.plane.room.until_written("checkpoint", self.checkpoint)
             return
         try:
             await self.checkpoint()
         except DiskFullError as error:
-            _log.error("checkpoint_not_written", step=self._p.state.step, newest=self._saved_step, error=error)
+            _log.error("checkpoint_not_written", step=self._p.state.step, newest=self._saved[0], error=error)
 
     async def checkpoint(self) -> None:
-        """Writes the state after the last step, unless it is written."""
+        """Writes the state after the last step and evaluation, unless it is written."""
         p = self._p
         await self._published()
-        if p.state.step == self._saved_step:
+        now, saved = (p.state.step, len(p.state.evals)), self._saved
+        if now == saved:
             return
         before = p.state.activity
         p.state.switch(Activity.CHECKPOINT)
@@ -233,10 +235,13 @@ class RunLoop:
         )
         try:
             await asyncio.to_thread(p.records.sync)
-            path = await asyncio.to_thread(p.checkpoints.write, position, p.policy, p.trainer)
+            if saved is not None and saved[0] == position.step:
+                path = await asyncio.to_thread(p.checkpoints.write_again, position)
+            else:
+                path = await asyncio.to_thread(p.checkpoints.write, position, p.policy, p.trainer)
         finally:
             p.state.switch(before)
-        self._saved_step = p.state.step
+        self._saved = now
         _log.info("checkpoint_written", path=path, step=position.step)
 
     def _evaluate_beside(self) -> None:
@@ -281,7 +286,7 @@ class RunLoop:
         p.state.evals.append(point)
         metrics = {
             "accuracy": result.accuracy,
-            "eval_round": float(result.round),
+            EVAL_ROUND: float(result.round),
             "eval_prompts": float(result.prompts),
             "eval_given_up": float(result.given_up),
             "eval_tokens": float(result.tokens),

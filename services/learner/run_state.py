@@ -3,12 +3,13 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import cast
 
 from services.learner.mismatch import Mismatch
+from services.learner.records import EVAL_ROUND, Record
 
 
 class Phase(Enum):
@@ -154,3 +155,18 @@ class RunState:
             )
             for point in cast("list[Mapping[str, float]]", saved["evals"])
         ]
+
+    def add_evals(self, records: Iterable[Record]) -> None:
+        """Those that the checkpoint did not hold yet."""
+        known = {point.round for point in self.evals}
+        for record in records:
+            number = int(record.metrics[EVAL_ROUND])
+            if number not in known:
+                point = EvalPoint(
+                    round=number,
+                    policy_version=record.step,
+                    accuracy=record.metrics["accuracy"],
+                    prompts=int(record.metrics["eval_prompts"]),
+                    wall_s=record.wall_s,
+                )
+                self.evals.append(point)

@@ -43,11 +43,9 @@ class Traffic:
         return 0 if receiver is None else receiver.bytes_sent
 
     def of(self, name: str) -> Receiver:
-        """New where it is not known by name."""
-        receiver = self._receivers.get(name)
-        if receiver is None:
-            receiver = self._receivers[name] = Receiver()
-            self._forget_idle()
+        """New where it is not known by name; from now on the one that asked last."""
+        receiver = self._receivers[name] = self._receivers.pop(name, None) or Receiver()
+        self._forget_idle()
         return receiver
 
     def _forget_idle(self) -> None:
@@ -60,9 +58,7 @@ class Traffic:
 
     def planned(self, name: str, root: str, object_ids: Iterable[str], full_bytes: int) -> None:
         """Notes what a receiver was told to fetch, to count a version when the first of it is fetched."""
-        receiver = self.of(name)
-        self._receivers[name] = self._receivers.pop(name)  # to the end, as below
-        planned = receiver.planned
+        planned = self.of(name).planned
         for object_id in object_ids:
             planned.pop(object_id, None)  # to the end: what was planned longest ago is forgotten first
             planned[object_id] = (root, full_bytes)

@@ -31,6 +31,7 @@ class WorkList:
         self._drops: dict[int, int] = {}
         self._called_unusable: dict[str, set[str]] = {}
         self._unusable: set[str] = set()
+        self._lost: set[int] = set()
         self.following = 0
         """Number of the next new training prompt."""
 
@@ -47,13 +48,15 @@ class WorkList:
 
     @property
     def floor(self) -> int:
-        """Training prompts below this number are answered or given up."""
-        return min((work.number for work in self if work.purpose is LeasePurpose.TRAIN), default=self.following)
+        """Training prompts below this number are answered or given up, or found to be lost at each start."""
+        open_ = (work.number for work in self if work.purpose is LeasePurpose.TRAIN and work.number not in self._lost)
+        return min(open_, default=self.following)
 
     def restore(self, following: int, floor: int, answered: set[int], lost: set[int], orphaned_until: float) -> None:
         """Prompts whose groups are `lost` wait to be granted again; others in [floor, following) that no group answered
         become orphans."""
         self.following = following
+        self._lost = lost
         self.put_back([self._open_training(number) for number in lost])
         for number in range(floor, following):
             if number not in answered and number not in lost:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,16 +50,24 @@ class CrashPoints:
             if self._copying or not path.is_relative_to(self.folder) or not self.folder.is_dir():
                 return
             self._copying = True
-            place = self.copies / f"{len(self.states):04d}"
-            killed, lost = place / "killed" / self.folder.name, place / "lost" / self.folder.name
-            shutil.copytree(self.folder, killed)
-            shutil.copytree(self.folder, lost)
-            for original in self.folder.rglob("*"):
-                if original.is_file() and ".sqlite3" not in original.name:
-                    self._lose(lost / original.relative_to(self.folder), original.stat())
+            try:
+                killed, lost = self._copies(self.copies / f"{len(self.states):04d}")
+            finally:
+                self._copying = False
             before = f"{operation} {path.relative_to(self.folder)}"
             self.states.append(CrashState(before=before, promised=self.promised, killed=killed, power_lost=lost))
-            self._copying = False
+
+    def _copies(self, place: Path) -> tuple[Path, Path]:
+        """Of the folder. Other threads go on meanwhile: what they remove may be missing."""
+        killed, lost = place / "killed" / self.folder.name, place / "lost" / self.folder.name
+        for copy in (killed, lost):
+            with suppress(shutil.Error):
+                shutil.copytree(self.folder, copy)
+        for original in self.folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                if original.is_file() and ".sqlite3" not in original.name:
+                    self._lose(lost / original.relative_to(self.folder), original.stat())
+        return killed, lost
 
     def _lose(self, copy: Path, original: os.stat_result) -> None:
         """Back to the bytes that were there when the file was synced, as far as it was only appended to since."""

@@ -3,7 +3,6 @@ nothing that was under way is left over."""
 
 import asyncio
 import json
-import random
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,6 +76,11 @@ def test_an_export_that_was_cut_short_is_made_again_and_leaves_nothing_beside_it
         assert {path.name: path.read_bytes() for path in (place / "policy").iterdir()} == whole, state.before
 
 
+def before(states: list[CrashState], operation: str) -> CrashState:
+    """The first that is followed by this."""
+    return next(state for state in states if state.before.startswith(operation))
+
+
 STEPS = 4
 
 
@@ -119,14 +123,12 @@ async def test_a_learner_that_crashed_anywhere_ends_its_run_as_if_it_had_not(tmp
     for state in points.states:
         steps = Checkpoints(state.power_lost / "checkpoints", keep=1).steps()
         assert lines(state.power_lost, "loss")[: max(steps, default=0)] == list(range(1, max(steps, default=0) + 1))
-    draws = random.Random(7)
-    before_the_first = next(
-        number for number, state in enumerate(points.states) if list((state.killed / "checkpoints").glob("step-*"))
-    )
+    last = f"checkpoints/step-{STEPS:08d}"
     crashed = [
-        points.states[before_the_first - 1].killed,
-        draws.choice(points.states[before_the_first:]).killed,
-        draws.choice(points.states[before_the_first:]).power_lost,
+        before(points.states, "os.rename checkpoints/.step-00000001").killed,
+        before(points.states, "os.fsync checkpoints/.step-00000002").power_lost,
+        before(points.states, f"os.fsync {last}/.state.json").killed,  # the last evaluation is in metrics.jsonl alone
+        before(points.states, "os.rename .policy.export-").killed,
     ]
     for number, place in enumerate(crashed):
         again = tmp_path / f"again{number}"

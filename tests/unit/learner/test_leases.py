@@ -294,6 +294,14 @@ async def test_a_restart_makes_orphans_of_what_nobody_answered() -> None:
     assert ids(await given.leases("b", count=1)) == ["p1"]
 
 
+async def test_a_prompt_whose_group_a_restart_dropped_comes_first_and_holds_the_floor_not_back() -> None:
+    given = Table(epoch=2, groups_per_step=5, max_staleness=0)
+    given.table.restore(following=100, floor=98, answered={98, 99}, lost={10})
+    given.table.advance(0)
+    assert ids(await given.leases("a", count=2)) == ["p10", "p100"]
+    assert given.recorded == (101, 100)
+
+
 async def test_what_a_sampler_gives_back_or_answers_wrongly_right_after_a_restart_is_free_at_once() -> None:
     given = Table(epoch=2, groups_per_step=5, max_staleness=0)
     given.table.restore(following=3, floor=0, answered=set(), lost=set())

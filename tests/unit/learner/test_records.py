@@ -52,7 +52,7 @@ def test_a_restored_run_keeps_an_evaluation_that_ended_after_the_steps_that_it_f
     evaluation = record(2, eval_round=1.0)
     for one in (record(1), record(2), record(3), evaluation, record(4), record(4, eval_round=2.0)):
         records.append(one)
-    records.rewind_to(2)
+    assert records.rewind_to(2) == [evaluation]
     assert path.read_bytes() == b"".join(one.line() for one in (record(1), record(2), evaluation))
 
 
