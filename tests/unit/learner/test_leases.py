@@ -298,7 +298,8 @@ async def test_a_prompt_whose_group_a_restart_dropped_comes_first_and_holds_the_
     given = Table(epoch=2, groups_per_step=5, max_staleness=0)
     given.table.restore(following=100, floor=98, answered={98, 99}, lost={10})
     given.table.advance(0)
-    assert ids(await given.leases("a", count=2)) == ["p10", "p100"]
+    leases = await given.leases("a", count=2)
+    assert [lease.lease_id for lease in leases] == ["2-t10-1", "2-t100-1"]
     assert given.recorded == (101, 100)
 
 
