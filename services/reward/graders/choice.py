@@ -7,7 +7,7 @@ LETTERS = "ABCDEFGHIJ"
 _GOLD = re.compile(r"\(?([A-J])\)?(?:\s*,\s*\(?([A-J])\)?)*")
 # An option with its text: AMC's "\textbf{(B)}\ 12", "(B) 12", "B) 12", "B. 12". "(A)(B)" is a product, "(A) + B" a sum.
 _GOLD_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s+(?![-+*/^=])|([A-J])(?:\)\s*|[.:]\s+))\S.*", re.DOTALL)
-_PREFIX = re.compile(r"(?:option|choice|answer|letter)\s+|[^A-Za-z]*(?:答案|选项?)(?:是|为)?[：:\s]*", re.IGNORECASE)
+_PREFIX = re.compile(r"(?:option|choice|answer|letter)\s+|^\W*(?:答案|选项?)(?:是|为)?[：:\s]*", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _STATED = re.compile(r"\(?([A-Ja-j])(?:\)|\.|:|$)\s*(.*)", re.DOTALL)
 # The reason is one sentence: the next one may take the option back.

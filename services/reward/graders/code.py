@@ -22,7 +22,6 @@ from pydantic import Field, ValidationError
 
 from services.reward import sandbox
 from services.reward.graders.base import Verdict
-from services.reward.graders.extract import said_at_last
 from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
 from services.runtime.errors import ScoreError
@@ -155,10 +154,7 @@ class CodeGrader:
         return sandbox.run(program, limits)
 
     def _program(self, completion: str, tests: Tests) -> str | None:
-        said = said_at_last(completion.replace("\r\n", "\n"))
-        if said is None:
-            return None
-        completion = said
+        completion = _behind_thought(completion.replace("\r\n", "\n"))
         blocks = [
             (match["language"].lower(), match["body"]) for match in _FENCE.finditer(completion) if match["closed"]
         ]
@@ -187,6 +183,18 @@ def read_tests(answer: str) -> Tests:
     if not tests.count:
         raise ScoreError("The reference answer holds no test.")
     return tests
+
+
+def _behind_thought(text: str) -> str:
+    """What follows the thought at the start, "" if it never ends. A program may hold the tags itself.
+
+    A thought that the chat template began ends before the first fence, or at the end of a line.
+    """
+    before, ended, rest = text.partition("</think>")
+    if before.lstrip().startswith("<think>"):
+        return rest
+    template_began = ended and "```" not in before and ("```" in rest or rest.startswith("\n"))
+    return rest if template_began else text
 
 
 def _defines(program: str, tests: Tests) -> bool:

@@ -33,6 +33,7 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}(?:\s*\{[^{}]*\})?")
 _SENTENCE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+(?:[\s,.]+[A-Za-z]+)+")
 _HEADING = re.compile(r"\s*[*_]*[A-Za-z]{3}")
 _TAG = "<answer>"
+_OPEN_THOUGHT = re.compile(r"^[ \t]*<think>", re.MULTILINE)  # elsewhere the tag is mentioned
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's annotations: 5*2=<<5*2=10>>10
 # Of Markdown; 2**3 is a power.
 _EMPHASIS = re.compile(r"(?<![\w)\]}])(?:\*\*|__)|(?:\*\*|__)(?![\w(\[{])")
@@ -171,12 +172,17 @@ def is_prose(text: str, words: int) -> bool:
 
 
 def said_at_last(text: str) -> str | None:
-    """What stands behind the thoughts, which `</think>` ends; None if they never end.
+    """What stands outside of the thoughts; None if the last one, which begins a line, never ends.
 
-    What thoughts try out is not the answer, whatever they put into a box.
+    What thoughts try out is not the answer, whatever they put into a box. Where the chat template began the first
+    one, it reaches from the start of `text` to a `</think>`.
     """
-    rest = text.rpartition("</think>")[2]
-    return None if "<think>" in rest else rest
+    *pieces, rest = text.split("</think>")
+    said = ""
+    for piece in pieces:
+        before, begun, _ = piece.partition("<think>")
+        said = f"{said}{before}\n" if begun else ""
+    return None if _OPEN_THOUGHT.search(rest) else said + rest
 
 
 def phrase_answer(text: str, *, may_head: bool = True) -> str | None:
@@ -205,6 +211,7 @@ def phrase_answer(text: str, *, may_head: bool = True) -> str | None:
 
 def formulas(text: str) -> list[str]:
     """The contents of each `$...$`, `\\(...\\)` and `\\[...\\]` near the end of `text`."""
+    text = text.rstrip()
     tail = text[-TAIL_CHARS:]
     if len(tail) < len(text) and "\n" in tail:
         tail = tail.partition("\n")[2]  # a line cut in two may begin inside of a formula

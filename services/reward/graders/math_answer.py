@@ -20,9 +20,9 @@ from services.reward.scorer import ScoreRequest
 from services.runtime.config import Section
 from services.runtime.errors import ScoreError
 
-_PROSE, _PROSE_GOLD = 3, 6
+_PROSE, _PROSE_GOLD, _PROSE_STATED = 3, 6, 2
 """Words of a sentence. To multiply its letters takes long: an answer has as few as no expression holds, a reference
-answer, which then cannot be graded at all, may hold more ("3 red and 2 blue balls")."""
+answer, which then cannot be graded at all, may hold more ("3 red and 2 blue balls"), but not behind "the answer is"."""
 
 
 class MathOptions(Section):
@@ -162,7 +162,8 @@ class MathGrader:
             )
         if gold.number is not None and self._options.evaluated:
             return "not a plain number"
-        if answer != gold.text and (extract.is_prose(answer, _PROSE) or phrases.NEGATION.search(answer)):
+        denied = phrases.NEGATION.search(answer) and not phrases.NEGATION.search(gold.text)
+        if answer != gold.text and (denied or extract.is_prose(answer, _PROSE)):
             return "a sentence"
         reason = symbolic.same_expression(gold.text, answer)
         if reason is not None and self._options.tolerance and number is not None:
@@ -178,7 +179,7 @@ def read_gold(answer: str, is_choice: bool) -> Gold:
 
     Raises ScoreError.
     """
-    text = _gold_text(answer)
+    text, prose_words = _gold_text(answer)
     if not answer.strip():
         raise ScoreError("The reference answer is empty.")
     if not text:
@@ -201,7 +202,7 @@ def read_gold(answer: str, is_choice: bool) -> Gold:
     if plain is not None:
         return Gold(text=text, letters=None, number=None, words=plain)
     prose = (
-        "it is a sentence: mark the answer in it by #### or \\boxed{}" if extract.is_prose(text, _PROSE_GOLD) else None
+        "it is a sentence: mark the answer in it by #### or \\boxed{}" if extract.is_prose(text, prose_words) else None
     )
     reason = prose or symbolic.why_unparsable(text)
     if reason is not None:
@@ -209,17 +210,18 @@ def read_gold(answer: str, is_choice: bool) -> Gold:
     return Gold(text=text, letters=None, number=None, words=None)
 
 
-def _gold_text(answer: str) -> str:
+def _gold_text(answer: str) -> tuple[str, int]:
+    """The cleaned text that is compared with, and how many words make a sentence of it."""
     marker = extract.hash_answer(answer)
     if marker is not None:
-        return extract.clean(marker[1])
+        return extract.clean(marker[1]), _PROSE_GOLD
     found = extract.boxes(answer)
     if found:
-        return extract.clean(extract.last_boxes_joined(answer, found) or "")
+        return extract.clean(extract.last_boxes_joined(answer, found) or ""), _PROSE_GOLD
     stated = extract.phrase_answer(answer)
     if stated is not None:
-        return extract.clean(phrases.within(stated, number_wanted=True))
-    return extract.clean(answer) if len(answer) <= extract.CLEAN_CHARS_MAX else ""
+        return extract.clean(phrases.within(words.without_reason(stated), number_wanted=False)), _PROSE_STATED
+    return extract.clean(answer) if len(answer) <= extract.CLEAN_CHARS_MAX else "", _PROSE_GOLD
 
 
 def _phrase(text: str, gold: Gold) -> list[str] | None:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from services.reward.graders.units import PERCENT, SCALES, is_unit, unit_words
+from services.reward.graders.units import PERCENT, SCALES, agree, is_unit, unit_words
 
 QUANTITY_CHARS_MAX = 400
 
@@ -101,7 +101,7 @@ def same_quantity(gold: Quantity, answer: Quantity, *, tolerance: float, percent
     gold_units, answer_units = gold.units - {PERCENT}, answer.units - {PERCENT}
     if (gold_percent and answer_units) or (answer_percent and gold_units):
         return "another unit than the reference answer"
-    if gold_units and answer_units and not (gold_units <= answer_units or answer_units <= gold_units):
+    if not agree(gold_units, answer_units):
         return "another unit than the reference answer"
     golds = {gold.value / 100 if gold_percent else gold.value}
     answers = {answer.value / 100 if answer_percent else answer.value}

@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from services.reward.graders.guard import ITERATED, balanced, too_big
-from services.reward.graders.units import is_unit, unit_words
+from services.reward.graders.units import agree, is_unit, unit_words
 
 if TYPE_CHECKING:
     from sympy import Basic
@@ -38,6 +38,7 @@ _NUMERIC_SIDE = re.compile(r"(?:[\d\s.,+*/()^{}\-]|\\(?:frac|sqrt|cdot|times|pi|
 _LISTED = re.compile(r"[,;]|\b(?:or|and)\b|\\(?:vee|lor|wedge|land|quad|qquad)(?![A-Za-z])|\\\\")
 _PRIME_OF_NUMBER = re.compile(r"\d\s*['\"]")
 _RATIO = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?(?!\d)")
+_NAMED = re.compile(r"([A-Za-z])(?:_\{?\w+\}?)?\s*=(?!=)")  # x of "x_1 = 3"
 _CONNECTIVE = re.compile(r"\b(?:or|and)\b")
 _OPENINGS, _CLOSINGS = "([{", ")]}"
 
@@ -56,7 +57,7 @@ def same_expression(gold: str, answer: str) -> str | None:
         return "another symbol than the reference answer"
     gold, gold_unit = _without_unit(gold)
     answer, answer_unit = _without_unit(answer)
-    if gold_unit and answer_unit and not (gold_unit <= answer_unit or answer_unit <= gold_unit):
+    if not agree(gold_unit, answer_unit):
         return "another unit than the reference answer"
     gold_base, answer_base = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
     if gold_base or answer_base:
@@ -70,7 +71,7 @@ def same_expression(gold: str, answer: str) -> str | None:
     if (
         len(_EQUALS.findall(answer)) > 1
         and _LISTED.search(answer)
-        and not (_LISTED.search(gold) or _kind(gold) or "\\pm" in gold)
+        and not (_LISTED.search(gold) or _kind(gold) or ("\\pm" in gold and len(set(_NAMED.findall(answer))) == 1))
     ):
         return "several values where one is asked"
     for side in _sides(gold, answer):

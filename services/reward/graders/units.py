@@ -44,7 +44,9 @@ _NOT_UNITS_LINE = """pi e i or and mod modulo to sqrt sin cos tan log ln exp inf
     doubled tripled halved wrong incorrect false"""
 _NOT_UNITS = frozenset(_NOT_UNITS_LINE.split())
 _TEMPERATURE = re.compile(r"(?:\^\{?\\circ\}?|°)\s*([CF])(?![A-Za-z])")
-_SPEED = re.compile(r"\b([mk])(?:ph|mh)\b")
+_SPEED = re.compile(r"\b([mk])(?:ph|mh)\b", re.IGNORECASE)
+_INVERSE = "inverse"
+_POWERS = {"-": _INVERSE, "2": "square", "3": "cubic"}
 _SCALE_OF = {"C": "celsius", "F": "fahrenheit"}
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mbox|mathit|operatorname)\s*\{([^{}]*)\}")
 _WORD = re.compile(r"\^\{?\\circ\}?|\\[%$]|[%°$¢€£]|[A-Za-z]+|[²³]|\^\{?-?[123]\}?")
@@ -55,7 +57,7 @@ _SUFFIX = re.compile(r"(?:\s|\\ |~|/|\.|-|\(|\)|\^\{?\\circ\}?|\\[%$]|[%°$¢€
 
 def _plain(suffix: str) -> str:
     plain = _TEXT.sub(r" \1 ", suffix).replace("\\,", " ").replace("\\;", " ").replace("\\ ", " ")
-    plain = _SPEED.sub(lambda match: f"{'mile' if match[1] == 'm' else 'km'}/h", plain)
+    plain = _SPEED.sub(lambda match: f"{'mile' if match[1] in 'mM' else 'km'}/h", plain)
     return _TEMPERATURE.sub(lambda match: f" degree {_SCALE_OF[match[1]]}", plain)
 
 
@@ -73,8 +75,9 @@ def is_unit(suffix: str, *, glued: bool) -> bool:
     if not words and "'" in plain:
         return False
     bare = plain == suffix
-    # A lone capital in \text is a unit: newton, kelvin.
-    if any((word if len(word) == 1 and not bare else word.lower()) in _NOT_UNITS for word in words):
+    # In \text these are newton and kelvin; glued to the number K is a thousand.
+    symbols = () if bare else ("N", "K") if not glued or " K" in suffix else ("N",)
+    if any(word.lower() in _NOT_UNITS and word not in symbols for word in words):
         return False
     if bare and glued and words and words[0] not in _CANONICAL:
         return False
@@ -86,9 +89,18 @@ def unit_words(suffix: str) -> frozenset[str]:
     """The canonical unit words of a suffix; unknown words lose a plural s."""
     plain = _plain(suffix).replace("²", "^2").replace("³", "^3")
     words: set[str] = set()
+    powers: set[str] = set()
     for word in _WORD.findall(plain):
         if word.startswith("^") and "circ" not in word:
-            words.add("square" if "2" in word else "cubic" if "3" in word else "inverse")
+            powers.update(name for digit, name in _POWERS.items() if digit in word)
         elif word.lower() not in ("per", "a", "an", "the", "of"):
             words.add(_CANONICAL.get(word) or _CANONICAL.get(word.lower()) or word.lower().removesuffix("s"))
-    return frozenset(words)
+    # "m s^{-1}" is "m/s", but "s^{-1}" is not "s".
+    return frozenset(words | (powers if len(words) == 1 else powers - {_INVERSE}))
+
+
+def agree(units: frozenset[str], others: frozenset[str]) -> bool:
+    """Whether the units of two quantities do not contradict each other; one side may leave out units, or all."""
+    if not units or not others:
+        return True
+    return (units <= others or others <= units) and (_INVERSE in units) == (_INVERSE in others)

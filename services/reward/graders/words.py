@@ -3,12 +3,14 @@
 import re
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[^\W\d_]+(?:[ '\-][^\W\d_]+)*")
+_WORD = r"[^\W\d_\u0370-\u03ff]+"  # Greek letters are mathematics
+_WORDS = re.compile(rf"{_WORD}(?:[ '\-]{_WORD})*")
 _NO_ALPHABET = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]")
 # "Yes, because 7 is prime." "No, it is not." What takes the word back is no reason: "Yes or no", "Yes, but ...".
-_REASON = re.compile(r"[,;–—-]?\s+(?:because|since)\s.*", re.IGNORECASE | re.DOTALL)
+_REASON = re.compile(r"[,;–—-]?\s+(?:because|since)\s(?:(?![.!?]\s).)*", re.IGNORECASE | re.DOTALL)
 _YES_OR_NO = re.compile(r"(yes|no|true|false)[,.;!:–—-]\s*(?!(?:or|and|but)\b)(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
-_OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+_DENIED = r"\b(?:no|nope|not|never|cannot|false|wrong|incorrect|untrue)\b|n['’]t\b"
+_TAKEN_BACK = {"yes": _DENIED, "true": _DENIED, "no": r"\b(?:yes|yep|yeah)\b", "false": r"\btrue\b"}
 _ARTICLE = re.compile(r"^(?:the|an|a)\s+", re.IGNORECASE)
 MATH_WORDS = frozenset(["pi", "inf", "infinity", "sin", "cos", "tan", "log", "ln", "exp", "sqrt", "or", "and"])
 
@@ -24,7 +26,7 @@ def gold_words(gold: str) -> str | None:
     wrapped = _WRAPPED.fullmatch(gold)
     if wrapped is not None:
         return plain_words(wrapped[1]) if re.search(r"[A-Za-z]", wrapped[1]) else None
-    longest = max(map(len, re.findall(r"[^\W\d_]+", gold)), default=0)
+    longest = max(map(len, re.findall(_WORD, gold)), default=0)
     short = longest < 3 and gold.lower() != "no" and _NO_ALPHABET.search(gold) is None
     if _WORDS.fullmatch(gold) is None or short:
         return None
@@ -34,8 +36,14 @@ def gold_words(gold: str) -> str | None:
 def same_words(gold: str, text: str) -> bool:
     """Whether cleaned text says the words of a reference answer (`gold_words`), perhaps with a reason."""
     said = plain_words(text)
-    if said == gold:
+    if gold in (said, plain_words(without_reason(said))):
         return True
-    if gold in _OPPOSITE and (answered := _YES_OR_NO.fullmatch(said)) is not None:
-        return answered[1] == gold and re.search(rf"\b{_OPPOSITE[gold]}\b", answered["rest"]) is None
-    return plain_words(_REASON.sub("", said)) == gold
+    answered = _YES_OR_NO.fullmatch(said) if gold in _TAKEN_BACK else None
+    if answered is None:
+        return False
+    return answered[1] == gold and re.search(_TAKEN_BACK[gold], answered["rest"]) is None
+
+
+def without_reason(text: str) -> str:
+    """ "Yes" of "Yes, because 7 is prime"."""
+    return _REASON.sub("", text)

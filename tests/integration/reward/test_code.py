@@ -105,6 +105,27 @@ def test_a_draft_in_thoughts_is_no_program() -> None:
     assert grade(ADD, f"<think>\n```python\nprint(1)\n```\n</think>\n{right}").reward == 1.0
 
 
+SPLITS = {"calls": [{"function": "strip", "arguments": ["<think>a</think>b"], "value": "b"}]}
+STRIP = "def strip(text):\n    if '<think>' in text:\n        return text.split('</think>')[-1]\n    return text\n"
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        STRIP,
+        "def strip(text): return text.split('</think>')[-1]",
+        f"```python\n{STRIP}```\nIt drops what ends with `</think>`.",
+        f"<think>\nI split it.\n</think>\n\n```python\n{STRIP}```",
+        f"<think>\nI split it.\n</think>\n\n{STRIP}",
+        f"I split it.\n</think>\n\n```python\n{STRIP}```",
+        f"I split it.\n</think>\n\n{STRIP}",
+    ],
+    ids=["alone", "one line", "in a block", "thought", "thought, no block", "begun by the prompt", "begun, no block"],
+)
+def test_a_program_may_hold_the_tags_of_thoughts(completion: str) -> None:
+    assert grade(SPLITS, completion).reward == 1.0
+
+
 def test_what_runs_as_main_does_not_run_where_functions_are_asked_for() -> None:
     program = "def add(a, b): return a + b\nif __name__ == '__main__':\n    print(add(int(input()), 1))"
     assert grade(ADD, program).reward == 1.0

@@ -37,6 +37,7 @@ def math_grader() -> Grader:
         "x" * 3000,
         "\\int_0^1 x dx",
         "Janet sells the other 9 eggs for 2 dollars each",
+        "So the answer is that she sold 18 clips.",
     ],
     ids=lambda answer: ascii(answer)[:40],
 )
