@@ -188,13 +188,14 @@ def read_tests(answer: str) -> Tests:
 def _behind_thought(text: str) -> str:
     """What follows the thought at the start, "" if it never ends. A program may hold the tags itself.
 
-    A thought that the chat template began ends before the first fence, or at the end of a line.
+    The `</think>` of a thought that the chat template began stands before the first fence, or on a line of its own.
     """
     before, ended, rest = text.partition("</think>")
     if before.lstrip().startswith("<think>"):
         return rest
-    template_began = ended and "```" not in before and ("```" in rest or rest.startswith("\n"))
-    return rest if template_began else text
+    if not ended or ("```" in before and not before.endswith("\n")):
+        return text
+    return rest if "```" in rest or rest.startswith("\n") else text
 
 
 def _defines(program: str, tests: Tests) -> bool:

@@ -162,12 +162,9 @@ def tagged_answer(text: str) -> tuple[int, str] | None:
 
 
 def is_prose(text: str, words: int) -> bool:
-    """Whether cleaned text that is no plain words has so many of them: read as mathematics, letters are factors.
-
-    What stands before the last "=" names the value ("Volume of the cone = 9\\pi") and is not counted.
-    """
-    value = _WRAPPED.sub(" ", _ENVIRONMENT.sub(" ", text)).rpartition("=")[2]
-    found: list[str] = re.findall(r"[A-Za-z]{3,}", " ".join(_SENTENCE.findall(value)))
+    """Whether cleaned text that is no plain words has so many of them: read as mathematics, letters are factors."""
+    sentences = _SENTENCE.findall(_WRAPPED.sub(" ", _ENVIRONMENT.sub(" ", text)))
+    found: list[str] = re.findall(r"[A-Za-z]{3,}", " ".join(sentences))
     return sum(word.lower() not in MATH_WORDS for word in found) >= words
 
 

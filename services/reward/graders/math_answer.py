@@ -32,8 +32,8 @@ class MathOptions(Section):
     which: Literal["last", "first", "all"] = "last"
     """Which box counts if there are several; all: every one must be right."""
     answer_after: str = ""
-    """Only text behind the last occurrence of this counts; without one there is no answer. Empty: what stands behind
-    "</think>", if there is one, and a "<think>" that never ends has no answer."""
+    """Only text behind the last occurrence of this counts; without one there is no answer. Empty: what stands outside
+    of <think>...</think> counts, and a thought that never ends has no answer."""
     tolerance: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Relative error that a plain number may have, also where the reference answer is a root or has π in it."""
     percent: Literal["as_unit", "exact"] = "as_unit"
@@ -163,7 +163,9 @@ class MathGrader:
         if gold.number is not None and self._options.evaluated:
             return "not a plain number"
         denied = phrases.NEGATION.search(answer) and not phrases.NEGATION.search(gold.text)
-        if answer != gold.text and (denied or extract.is_prose(answer, _PROSE)):
+        # What names a value is not multiplied out: "Volume of the cone = 9\pi".
+        value = answer if "=" in gold.text else answer.rpartition("=")[2]
+        if answer != gold.text and (denied or extract.is_prose(value, _PROSE)):
             return "a sentence"
         reason = symbolic.same_expression(gold.text, answer)
         if reason is not None and self._options.tolerance and number is not None:

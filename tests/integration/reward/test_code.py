@@ -102,6 +102,7 @@ def test_a_draft_in_thoughts_is_no_program() -> None:
     draft, right = "```python\ndef add(a, b): return a + b\n```", "```python\ndef add(a, b): return b + a\n```"
     assert grade(ADD, f"<think>\n{draft}\n").reward == 0.0
     assert grade(ADD, f"<think>\n{draft}\n</think>\nI do not know.").reward == 0.0
+    assert grade(ADD, f"{draft}\nOr so.\n</think>\nI do not know.").reward == 0.0
     assert grade(ADD, f"<think>\n```python\nprint(1)\n```\n</think>\n{right}").reward == 1.0
 
 
