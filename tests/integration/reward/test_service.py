@@ -91,19 +91,17 @@ async def test_errors_arrive_as_what_they_were(client: RewardClient) -> None:
         await client.score_group(requests("7", *["7"] * (PENDING_COMPLETIONS_MAX + 1)), MATH)
 
 
-async def test_a_service_with_all_that_it_can_hold_asks_to_send_later(target: str, client: RewardClient) -> None:
-    spec = types_pb2.GraderSpec(name="math", weight=1)
-    most = reward_pb2.ScoreGroupRequest(answer="7", completions=["7"] * PENDING_COMPLETIONS_MAX, graders=[spec])
+async def test_a_service_with_all_that_it_can_hold_asks_to_send_later(client: RewardClient) -> None:
+    most = asyncio.create_task(client.score_group(requests("7", *["7"] * PENDING_COMPLETIONS_MAX), MATH))
 
-    async def ask_beside(waiting: grpc.aio.UnaryUnaryCall) -> None:
-        while not waiting.done():
+    async def ask_beside() -> None:
+        while not most.done():
             await client.score_group(requests("7", "7"), MATH)
+        await most  # refused itself, where the small one came first
 
-    async with grpc.aio.insecure_channel(target) as channel:
-        waiting = reward_pb2_grpc.RewardServiceStub(channel).ScoreGroup(most)
-        with pytest.raises(ExhaustedError, match="send later"):
-            await ask_beside(waiting)
-        waiting.cancel()
+    with pytest.raises(ExhaustedError, match="send later"):
+        await ask_beside()
+    most.cancel()
 
 
 async def test_options_that_are_not_json_are_bad_input(target: str) -> None:
