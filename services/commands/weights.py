@@ -42,15 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _version(text: str) -> int:
+    from services.wire.delta.update import MAX_VERSION
+
     number = int(text)
-    if not 0 <= number < 1 << 63:
-        raise argparse.ArgumentTypeError("a version is a number from 0 to 2^63 - 1")
+    if not 0 <= number <= MAX_VERSION:
+        raise argparse.ArgumentTypeError(f"a version is a number from 0 to {MAX_VERSION}")
     return number
 
 
 def _run_id(text: str) -> str:
-    if not text.isprintable() or len(text) > 200:
-        raise argparse.ArgumentTypeError("a run id is printable text of at most 200 characters")
+    from services.wire.delta.update import MAX_RUN_ID_CHARS
+
+    if not text.isprintable() or len(text) > MAX_RUN_ID_CHARS:
+        raise argparse.ArgumentTypeError(f"a run id is printable text of at most {MAX_RUN_ID_CHARS} characters")
     return text
 
 

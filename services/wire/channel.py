@@ -101,9 +101,10 @@ def proxy_to(host: str) -> str:
     """The variable that makes gRPC dial `host` through an HTTP proxy, as `https_proxy=http://10.0.0.9:3128`, without a
     password; empty where none does. As gRPC reads them, but that no_proxy may be `*`, which most programs know."""
     name = _first_set("grpc_proxy", "https_proxy", "http_proxy")
+    url = os.environ.get(name, "")
     try:
-        proxy = urlsplit(os.environ.get(name, ""))
-        if not os.environ.get(name, "").startswith("http://") or not proxy.hostname:
+        proxy = urlsplit(url)
+        if not url.startswith("http://") or not proxy.hostname:
             return ""
     except ValueError:
         return ""
