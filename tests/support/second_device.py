@@ -4,7 +4,7 @@ fails here. It computes on the CPU, and bears the name of torch's meta device, w
     with on_second_device():  policy = moved(load_policy(…))  ─► Trainer, Snapshots, … as on a GPU
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -115,15 +115,18 @@ def on_second_device() -> Generator[None]:
 
 
 def moved(policy: Policy) -> Policy:
-    """The policy on the second device, tied parameters tied. In place."""
-    parameters: dict[int, torch.nn.Parameter] = {}
-    for module in policy.model.modules():
-        owned = cast("Mapping[str, torch.nn.Parameter | None]", module._parameters)  # pyright: ignore[reportPrivateUsage]
-        for name, parameter in list(owned.items()):
-            if parameter is not None:
-                there = torch.nn.Parameter(SecondDeviceTensor(parameter.detach()), parameter.requires_grad)
-                module._parameters[name] = parameters.setdefault(id(parameter), there)  # pyright: ignore[reportPrivateUsage]
-        for name, buffer in list(module._buffers.items()):  # pyright: ignore[reportPrivateUsage]
-            if buffer is not None:
-                module._buffers[name] = SecondDeviceTensor(buffer)  # pyright: ignore[reportPrivateUsage]
+    """The policy on the second device. In place."""
+    move(policy.model)
     return replace(policy, device=SECOND)
+
+
+def move(model: torch.nn.Module) -> None:
+    """To the second device; parameters that are tied stay tied."""
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            there = torch.nn.Parameter(SecondDeviceTensor(parameter.detach()), parameter.requires_grad)
+            module.register_parameter(name, parameters.setdefault(id(parameter), there))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            persistent = name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+            module.register_buffer(name, SecondDeviceTensor(buffer), persistent)
