@@ -3,9 +3,10 @@
     python -m tests.bench.bench_wan --traces DIR --large DIR [--out tests/bench/results/wan.json]      (Linux, as root)
 
 Two network namespaces joined by tests/bench/tun_link.py; all parts over mutual TLS as shipped, raw TCP without.
-`link_use`: the same bytes by raw TCP, over one connection and over four; in four objects (a keyframe has one for each
-64 MiB of the model) by one sampler, by four with one each, by one with four channels; in one object by one; in turn,
-connections open and warm. Beside the seconds stands what each process took of the processor in them.
+`link_use`: the bytes of a keyframe, in four objects (it has one for each 64 MiB of the model), by one sampler, by four
+that each fetch all of them, by four with a quarter each, by one with four channels; in one object by one; raw TCP over
+one connection, and over four that carry all bytes each; in turn, connections open and warm. Beside the seconds stands
+what each process took of the processor in them.
 `against`: the learner publishes the next version of a policy, and a sampler follows to verified weights, with the
 seconds of each phase; beside it curl fetches the whole checkpoint from nginx (then SHA-256), and rsync updates the old
 checkpoint. For 84M parameters (`--traces`, of tests/bench/weight_traces.py) and 596M (`--large`, of large_pair.py).
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from services.wire.delta import BitTensor, write_weights
 from services.wire.pki import make_dev_pki
-from tests.bench.wan_ends import HOST, THREADS, trace
+from tests.bench.wan_ends import HOST, SAMPLERS, THREADS, trace
 
 RESULTS = Path(__file__).parent / "results" / "wan.json"
 WARM_AGAINST = 8 << 20
@@ -123,7 +124,8 @@ def measure_link_use(profile: dict[str, object], turns: int) -> dict[str, object
             words = here("--link-use", name, json.dumps(facts), str(turns))
             with process(b, *words) as client:
                 rows: dict[str, list[dict[str, float]]] = said(client)  # type: ignore[assignment]
-    best = {key: statistics.median(row["wall"] for row in values) for key, values in rows.items()}
+    copies = {"raw_four": SAMPLERS, "four": SAMPLERS}
+    best = {key: statistics.median(row["wall"] for row in values) / copies.get(key, 1) for key, values in rows.items()}
     return {
         **profile,
         "seconds": rows,

@@ -34,6 +34,7 @@ from tests.unit.learner.weights_of_tests import make_weights
 HOST = ADDRESSES[0]
 RECYCLING_S = 1.0
 """Between two versions a sampler has time to copy what it holds."""
+SAMPLERS = 4
 THREADS = 2
 """That encode and decode: `publish.workers` and `decode_threads` as shipped."""
 
@@ -153,9 +154,10 @@ async def link_use(folder: Path, facts: dict[str, object], turns: int) -> dict[s
     meter = Meter(pids={"sender": int(str(facts["pid"])), "receiver": os.getpid(), "link": int(str(facts["link_pid"]))})
     ways: dict[str, Callable[[], Coroutine[object, object, None]]] = {
         "raw": lambda: take_over_tcp(meter, raw_port, warm, [whole.size_bytes]),
-        "raw_four": lambda: take_over_tcp(meter, raw_port, warm, [ref.size_bytes for ref in quarters]),
+        "raw_four": lambda: take_over_tcp(meter, raw_port, warm, [whole.size_bytes] * SAMPLERS),
         "one": lambda: fetch_plans(meter, folder, port, warm, [quarters]),
-        "four": lambda: fetch_plans(meter, folder, port, warm, [[ref] for ref in quarters]),
+        "four": lambda: fetch_plans(meter, folder, port, warm, [quarters] * SAMPLERS),
+        "four_a_quarter_each": lambda: fetch_plans(meter, folder, port, warm, [[ref] for ref in quarters]),
         "one_with_four_channels": lambda: fetch_plans(meter, folder, port, warm, [quarters], 4),
         "one_object": lambda: fetch_plans(meter, folder, port, warm, [[whole]]),
     }
