@@ -81,10 +81,18 @@ def _losses(status: monitor_pb2.RunStatus) -> list[str]:
 
 
 def _lessons(status: monitor_pb2.RunStatus) -> list[str]:
-    groups, metrics = status.metrics.get("groups", 0.0), status.metrics
-    if not groups or metrics.get("groups_zero_variance", 0.0) < groups:
-        return []
-    return [
-        f"each of the last step's {groups:.0f} groups had one reward for all its completions (mean "
-        f"{metrics.get('reward_mean', 0.0):.3f}): there was nothing to learn from"
-    ]
+    metrics = status.metrics
+    groups, rows, cut = (metrics.get(name, 0.0) for name in ("groups", "rows", "excluded_overlong"))
+    sentences: list[str] = []
+    if groups and round(metrics.get("groups_zero_variance", 0.0)) >= groups:  # a sum of rows' shares
+        sentences.append(
+            f"each of the last step's {groups:.0f} groups had one reward for all its completions (mean "
+            f"{metrics.get('reward_mean', 0.0):.3f}): there was nothing to learn from"
+        )
+    if cut > rows:
+        made = rows + sum(count for name, count in metrics.items() if name.startswith("excluded_"))
+        sentences.append(
+            f"{cut:.0f} of the last step's {made:.0f} completions were cut at the token limit and left out of the "
+            "loss: see sampling.max_completion_tokens, and loss.mask_overlong"
+        )
+    return sentences

@@ -48,12 +48,24 @@ def test_groups_that_a_sampler_gave_up_are_told_with_the_reason():
 
 def test_a_step_whose_rewards_were_all_equal_is_told():
     status = monitor_pb2.RunStatus(
-        samplers=[sampler()], metrics={"groups": 32, "groups_zero_variance": 32, "reward_mean": 1.0}
+        samplers=[sampler()], metrics={"groups": 32, "groups_zero_variance": 32 - 4e-15, "reward_mean": 1.0}
     )
     (sentence,) = findings(status)
     assert "32 groups" in sentence
     assert "nothing to learn" in sentence
     status.metrics["groups_zero_variance"] = 31
+    assert "nothing stands in the way" in findings(status)[0]
+
+
+def test_a_step_that_was_mostly_cut_at_the_token_limit_is_told():
+    """Such a run ends well, with hardly a gradient in it."""
+    status = monitor_pb2.RunStatus(
+        samplers=[sampler()], metrics={"groups": 4, "rows": 1, "excluded_overlong": 14, "excluded_empty": 1}
+    )
+    (sentence,) = findings(status)
+    assert "14 of the last step's 16 completions were cut" in sentence
+    assert "sampling.max_completion_tokens" in sentence
+    status.metrics["rows"] = 14
     assert "nothing stands in the way" in findings(status)[0]
 
 
