@@ -53,6 +53,10 @@ class Position:
     counters: Mapping[str, object]
 
 
+_KEYS = {*Position.__dataclass_fields__, "digests"}
+"""Of state.json, beside format and digest."""
+
+
 class Checkpoints:
     """The folder of checkpoints. All methods block."""
 
@@ -110,7 +114,7 @@ class Checkpoints:
         """Loads the newest sound checkpoint into policy and trainer; None where there is none.
 
         Raises CorruptObjectError when there are checkpoints and none is sound: starting anew would lose the run;
-        StorageError for one that cannot be read; ConfigError for a sound one of another model.
+        StorageError for one that cannot be read; ConfigError for a sound one of another model or release.
         """
         steps, reason = self.steps(), ""
         for step in steps:
@@ -143,10 +147,15 @@ class Checkpoints:
 
     def _load(self, path: Path, policy: Policy, trainer: Trainer) -> Position:
         fields = cast("dict[str, object]", json.loads((path / _STATE).read_bytes()))
-        if fields.pop(_DIGEST, None) not in (None, _digest_of(fields)):  # None: of a release that wrote none
+        digest = fields.pop(_DIGEST, None)
+        if digest not in (None, _digest_of(fields)):  # None: of a release that wrote none
             raise CorruptObjectError(f"{path / _STATE} does not have its digest")
-        if fields.pop("format") != _FORMAT:
-            raise CorruptObjectError(f"{path} is of another release's format")
+        if fields.pop("format") != _FORMAT or (digest is not None and fields.keys() != _KEYS):
+            # Not a damaged one: the run would go on from the one before it, and its next checkpoint remove this one.
+            raise ConfigError(
+                f"checkpoint {path} is of another release, and this one cannot read it: start that release, or restore "
+                "run.state_dir from a backup made before it ran"
+            )
         for name, digest in cast("Mapping[str, str]", fields.pop("digests")).items():
             if _digest(path / name) != digest:
                 raise CorruptObjectError(f"{path / name} does not have its digest")

@@ -92,7 +92,10 @@ def connect(path: Path, run_id: str) -> sqlite3.Connection:
         raise ConfigError(f"journal {path} belongs to run {owner!r}, not {run_id!r}: set another run.state_dir")
     if (schema := get_meta(connection, "schema", 0)) != SCHEMA_VERSION:
         connection.close()
-        raise ConfigError(f"journal {path} has format {schema}, this release reads {SCHEMA_VERSION}")
+        raise ConfigError(
+            f"journal {path} has format {schema}, this release reads {SCHEMA_VERSION}: start the release that wrote "
+            "it, or restore run.state_dir from a backup made before it ran"
+        )
     return connection
 
 

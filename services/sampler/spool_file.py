@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from services.runtime import failpoints
-from services.runtime.errors import DiskFullError, StorageError
+from services.runtime.errors import ConfigError, DiskFullError, StorageError
 from services.runtime.files import sync_directory
 from services.runtime.log import get_logger
 from services.wire.types import GroupEnvelope
@@ -135,7 +135,12 @@ class SpoolFile:
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
-            if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+            if (written := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, _FORMAT):
+                raise ConfigError(
+                    f"spool {self._path} has format {written}, this release reads {_FORMAT}: start the release that "
+                    "wrote it, or move the file away with the groups that wait in it"
+                )
+            if written == 0:
                 with db:
                     db.executescript("BEGIN;" + _SCHEMA)
                     db.execute("INSERT INTO meta VALUES (?, '', '')", (str(uuid.uuid4()),))

@@ -1,9 +1,11 @@
 """A checkpoint holds everything: the steps after it are the same as without an interruption."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from safetensors import SafetensorError
 
 from services.lab.tiny_policy import character_tokenizer, save_policy, tiny_model
@@ -149,6 +151,27 @@ def test_a_checkpoint_of_another_model_is_told_apart_from_a_damaged_one(
     save_policy(tmp_path / "other", tiny_model(tokenizer, replace(SMALL, **change), seed=1), tokenizer)
     with pytest.raises(ConfigError, match=r"another model than policy\.path"):
         checkpoints.restore(*fresh(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": 2}, {"format": 2, "optimizer": "other"}, {"kept_for": "a later release"}]
+)
+def test_a_checkpoint_of_another_release_is_refused_and_not_taken_for_a_damaged_one(
+    tmp_path: Path, policy_dir: Path, change: dict[str, object]
+) -> None:
+    """Else the run would go on from the one before, and remove it."""
+    policy, trainer = fresh(policy_dir)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.write(at(step, policy, trainer), policy, trainer)
+    path = tmp_path / "step-00000002" / "state.json"
+    state = {**json.loads(path.read_bytes()), **change}
+    del state["digest"]
+    digest = blake3(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**state, "digest": digest}))
+    with pytest.raises(ConfigError, match=r"step-00000002 is of another release, .*: start that release"):
+        checkpoints.restore(policy, trainer)
+    assert checkpoints.steps() == [2, 1]
 
 
 def test_a_copy_beside_a_checkpoint_is_left_alone(tmp_path: Path, policy_dir: Path) -> None:

@@ -75,7 +75,7 @@ async def test_a_journal_of_another_run_or_format_or_no_journal_at_all_is_refuse
     with sqlite3.connect(journal.path) as raw:
         raw.execute("UPDATE meta SET value = 99 WHERE key = 'schema'")
     raw.close()
-    with pytest.raises(ConfigError, match="format 99"):
+    with pytest.raises(ConfigError, match="format 99, this release reads 1: start the release"):
         await opened(tmp_path)
     (tmp_path / "text").write_text("this is not a database " * 100)
     with pytest.raises(StorageError, match="is damaged"):

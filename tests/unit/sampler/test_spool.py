@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.runtime import failpoints
-from services.runtime.errors import DiskFullError, StorageError
+from services.runtime.errors import ConfigError, DiskFullError, StorageError
 from services.sampler.spool import Spool
 from services.sampler.spool_file import _fault, uuid7
 
@@ -198,6 +198,23 @@ async def test_a_spool_of_a_release_that_did_not_name_its_sampler_is_kept(tmp_pa
         await spool.bind("run", sampler_id)
         assert (spool.groups, spool.spool_id == old_id) == (groups, groups == 1)
         await spool.close()
+
+
+async def test_a_spool_of_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "spool.db"
+    spool = await Spool.open(path, 1 << 20)
+    await spool.append(b"payload")
+    await spool.close()
+    for version in (2, 1):
+        with sqlite3.connect(path) as database:
+            database.execute(f"PRAGMA user_version = {version}")
+        database.close()
+        if version == 2:
+            with pytest.raises(ConfigError, match=r"format 2, this release reads 1: start the release that wrote it"):
+                await Spool.open(path, 1 << 20)
+    spool = await Spool.open(path, 1 << 20)
+    assert spool.groups == 1
+    await spool.close()
 
 
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE])
