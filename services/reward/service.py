@@ -41,12 +41,14 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
     async def ScoreGroups(
         self, request_iterator: AsyncIterator[reward_pb2.ScoreGroupsRequest], context: object
     ) -> AsyncIterator[reward_pb2.ScoreGroupsResponse]:
-        """Consumes requests, waits for STREAM_GROUPS_MAX of them at most, produces answers as they are ready."""
-        answers: asyncio.Queue[reward_pb2.ScoreGroupsResponse | None] = asyncio.Queue(STREAM_GROUPS_MAX)
-        reading = asyncio.create_task(self._read(request_iterator, answers))
+        """Consumes requests, STREAM_GROUPS_MAX ahead of the answers taken; produces answers as they are ready."""
+        answers: asyncio.Queue[reward_pb2.ScoreGroupsResponse | None] = asyncio.Queue()
+        slots = asyncio.Semaphore(STREAM_GROUPS_MAX)  # groups whose answer is not yet taken: they bound the queue
+        reading = asyncio.create_task(self._read(request_iterator, answers, slots))
         try:
             while (answer := await answers.get()) is not None:
                 yield answer
+                slots.release()
             await reading
         finally:
             reading.cancel()
@@ -56,15 +58,12 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self,
         requests: AsyncIterator[reward_pb2.ScoreGroupsRequest],
         answers: asyncio.Queue[reward_pb2.ScoreGroupsResponse | None],
+        slots: asyncio.Semaphore,
     ) -> None:
-        """Consumes one stream's requests; produces answers, then None; on cancel ends the groups in flight."""
-        slots = asyncio.Semaphore(STREAM_GROUPS_MAX)
+        """Consumes one stream's requests, a slot for each; produces answers, then None. Cancelling ends its groups."""
 
         async def answer(request: reward_pb2.ScoreGroupsRequest) -> None:
-            try:
-                await answers.put(await self._answer(request))
-            finally:
-                slots.release()
+            answers.put_nowait(await self._answer(request))
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -72,7 +71,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
                     await slots.acquire()
                     tasks.create_task(answer(request))
         finally:
-            await answers.put(None)
+            answers.put_nowait(None)
 
     async def _answer(self, request: reward_pb2.ScoreGroupsRequest) -> reward_pb2.ScoreGroupsResponse:
         try:

@@ -15,7 +15,7 @@ from heterorl.v1 import reward_pb2, reward_pb2_grpc, types_pb2
 from services.reward.client import RewardClient
 from services.reward.pool import Pool
 from services.reward.scorer import ScoreRequest, Status
-from services.reward.service import PENDING_COMPLETIONS_MAX, RewardServicer
+from services.reward.service import PENDING_COMPLETIONS_MAX, STREAM_GROUPS_MAX, RewardServicer
 from services.reward.spec import GraderSpec
 from services.runtime.errors import BadInputError, ExhaustedError, ScoreError, UnavailableError
 from services.wire.interceptors import ErrorInterceptor
@@ -141,6 +141,25 @@ async def test_a_client_that_leaves_its_stream_does_not_disturb_the_next(target:
         await call.write(reward_pb2.ScoreGroupsRequest(request_id=1, request=request))
         call.cancel()
     assert [one.reward for one in await client.score_group(requests("7", "7", "8"), MATH)] == [1.0, 0.0]
+
+
+async def test_a_cancelled_stream_ends_though_nobody_takes_its_answers() -> None:
+    asked: list[int] = []
+
+    async def groups() -> AsyncIterator[reward_pb2.ScoreGroupsRequest]:
+        for one in range(4 * STREAM_GROUPS_MAX):
+            asked.append(one)
+            yield reward_pb2.ScoreGroupsRequest(request_id=one, request=reward_pb2.ScoreGroupRequest())
+
+    async with Pool(workers=1) as pool, asyncio.timeout(20):
+        stream = RewardServicer(pool).ScoreGroups(groups(), None)
+        await anext(stream)
+        before = 0
+        while len(asked) > before:
+            before = len(asked)
+            await asyncio.sleep(0.2)
+        assert before < 4 * STREAM_GROUPS_MAX
+        await stream.aclose()
 
 
 async def test_no_service_is_unavailable_in_time(tmp_path: Path) -> None:
