@@ -161,7 +161,8 @@ class Journal:
         """Back to the state after `step`, whose checkpoint holds policy `version`.
 
         What was trained or dropped later is pending again, except groups of versions that do not exist any more:
-        those are dropped as FUTURE_VERSION.
+        those are dropped as FUTURE_VERSION. A group stays dropped whose prompt was granted again and answered since:
+        that prompt would be trained twice, and granted a third time.
         """
 
         def write(connection: sqlite3.Connection) -> Tally:
@@ -171,7 +172,9 @@ class Journal:
             connection.execute(
                 # By an index: a scan would read all payloads' pages, minutes of a large journal at each start.
                 "UPDATE groups SET dropped_step = NULL, dropped_reason = NULL WHERE purpose = 1 AND verdict = 1 "
-                "AND reason = '' AND dropped_reason > '' AND dropped_step > ?",
+                "AND reason = '' AND dropped_reason > '' AND dropped_step > ? AND NOT EXISTS (SELECT 1 FROM groups "
+                "AS later WHERE later.verdict = 1 AND later.purpose = 1 AND later.dropped_reason IS NULL "
+                "AND later.lease_number = groups.lease_number)",
                 (step,),
             )
             connection.execute(

@@ -66,6 +66,32 @@ async def test_prompts_whose_groups_a_restore_drops_are_granted_again_before_new
                 await run.answer(lease)
 
 
+async def test_a_prompt_that_was_answered_anew_since_the_checkpoint_is_not_trained_twice(tmp_path: Path) -> None:
+    online = settings(max_staleness=0)
+    async with Running(await open_plane(tmp_path, online)) as run:
+        plane = run.plane
+        await plane.advance(0, root(0))
+        await run.answer(*await run.lease(2))
+        await plane.advance(1, root(1))
+        saved = plane.state(0)
+        taking = asyncio.create_task(plane.take_batch(2, 1))
+        async with asyncio.timeout(5):
+            while not (again := await run.lease(2, version=1)):
+                await plane.leases.wait_for_change(0.1)
+            await run.answer(*again)
+            batch = await taking
+        await plane.mark_trained(batch, 1)
+    plane = await DataPlane.open(tmp_path, online, dataset(tmp_path), Clock())
+    await plane.restore(saved)
+    async with Running(plane) as run:
+        await plane.advance(1, root(1))
+        assert (await plane.take_batch(2, 1)).ids == batch.ids
+        await plane.mark_trained(batch, 1)
+        await plane.advance(2, root(2))
+        assert [lease.lease_id for lease in await run.lease(2, version=2)] == ["2-t2-1", "2-t3-1"]
+        assert plane.tally.dropped == {"STALE_IN_BUFFER": 2}
+
+
 async def test_a_checkpoint_of_another_data_set_or_version_of_other_weights_is_refused(tmp_path: Path) -> None:
     async with Running(await open_plane(tmp_path)) as run:
         await run.plane.advance(0, root(0))
