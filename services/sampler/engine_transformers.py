@@ -193,8 +193,8 @@ class TransformersEngine:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while self._await_work(batch):
-                self._drop_cancelled(batch)
                 try:
+                    self._drop_cancelled(batch)
                     if not batch.active and not self._running:
                         self._load_all()
                     self._admit(batch)

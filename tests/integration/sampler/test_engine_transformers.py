@@ -1,3 +1,4 @@
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -5,9 +6,11 @@ import pytest
 import torch
 
 from services.lab.tiny_policy import PolicyShape, character_tokenizer, save_policy, tiny_model
-from services.runtime.errors import ConfigError, InputMissingError
+from services.runtime.errors import ConfigError, EngineError, InputMissingError
+from services.sampler import running_batch
 from services.sampler.engine import Engine
 from services.sampler.engine_transformers import TransformersEngine
+from services.sampler.running_batch import RunningBatch
 from services.wire.delta import BitTensor, root_of
 from services.wire.torch_bits import to_bits
 from tests.support.engine_conformance import EngineConformance, StartEngine, TinyPolicy, asking, other_weights
@@ -53,9 +56,6 @@ class TestTransformersEngine(EngineConformance):
 async def test_a_failed_batch_is_an_engine_error_and_the_next_one_works(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from services.runtime.errors import EngineError
-    from services.sampler import running_batch
-
     draw = running_batch.draw
     calls = iter([RuntimeError("out of luck")])
 
@@ -69,6 +69,29 @@ async def test_a_failed_batch_is_an_engine_error_and_the_next_one_works(
         await engine.generate(asking())
     assert engine.restarts == 1
     assert len((await engine.generate(asking())).completions) == 4
+
+
+async def test_running_out_of_memory_while_cancelled_rows_are_cut_out_fails_the_batch_and_no_more(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_cancelled = RunningBatch.drop_cancelled
+    calls = iter([torch.OutOfMemoryError("no room for the cut cache")])
+
+    def failing(batch: RunningBatch) -> None:
+        if (error := next(calls, None)) is not None:
+            raise error
+        drop_cancelled(batch)
+
+    monkeypatch.setattr(RunningBatch, "drop_cancelled", failing)
+    others = asyncio.create_task(engine.generate(asking(seed=2, completions=16, tokens=50)))
+    cancelled = asyncio.create_task(engine.generate(asking(completions=16, tokens=50)))
+    await asyncio.sleep(0.01)
+    cancelled.cancel()
+    async with asyncio.timeout(20):
+        with pytest.raises(EngineError, match="no room"):
+            await others
+        assert engine.restarts == 1
+        assert len((await engine.generate(asking())).completions) == 4
 
 
 async def test_the_context_bounds_a_completion(engine: Engine) -> None:
