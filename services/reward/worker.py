@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import cast
 
 from services.reward import frames
@@ -27,6 +28,7 @@ from services.runtime.errors import EngineError, ScoreError
 REASON_CHARS_MAX = 300
 # The kernel prefers to kill a grader when the machine runs out of memory, never the sampler beside it.
 OOM_SCORE_ADJUSTMENT = "900"
+_OURS = f"{Path(__file__).parents[1]}/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,5 +132,16 @@ def _grade(graders: Sequence[WeightedGrader], item: Mapping[str, object]) -> dic
             {"grader": name, "reward": 0.0, "weight": 0.0, "extracted": None, "reason": "nested too deeply to be read"}
         )
     except Exception as error:  # the end of this process: whatever a grader raises becomes data for the pool
-        return {"kind": "failed", "reason": f"the grader {name} raised {error!r:.200}"}
+        return {"kind": "failed", "reason": f"the grader {name} raised {error!r:.200}{_place(error)}"}
     return {"kind": "ok", "parts": parts, "seconds": time.perf_counter() - started}
+
+
+def _place(error: Exception) -> str:
+    """Where an operator's function, or a library, failed: its author sees no traceback. Empty for our own code."""
+    places: list[tuple[str, int]] = []
+    step = error.__traceback__
+    while step is not None:
+        places.append((step.tb_frame.f_code.co_filename, step.tb_lineno))
+        step = step.tb_next
+    others = [(path, line) for path, line in places if not path.startswith(_OURS)]
+    return next((f" ({Path(path).name}, line {line})" for path, line in reversed(others) if path == others[0][0]), "")

@@ -1,6 +1,7 @@
 """The pool with real worker processes: order, faults of the answer, faults of the grader, and the end of everything."""
 
 import asyncio
+import inspect
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -16,10 +17,12 @@ from services.reward.scorer import Score, ScoreRequest, Status
 from services.reward.spec import GraderSpec
 from services.reward.worker import Limits
 from services.runtime.errors import EngineError, ScoreError
+from tests.integration.reward import graders_of_tests
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 HERE = "tests.integration.reward.graders_of_tests"
 MATH = (GraderSpec(name="math"),)
+RAISES = 1 + inspect.getsource(graders_of_tests).split("the grader is broken")[0].count("\n")
 OBEY = (GraderSpec(name="python", options={"callable": f"{HERE}:obey", "timeout_s": 0.001}),)
 
 
@@ -91,7 +94,7 @@ async def test_an_answer_that_exhausts_a_limit_has_reward_0_and_costs_the_others
         ("exit", "died with exit code 7"),
         ("odd signal", "died with signal 40"),
         ("speak", "sent no score"),
-        ("raise", "RuntimeError('the grader is broken')"),
+        ("raise", f"RuntimeError('the grader is broken') (graders_of_tests.py, line {RAISES})"),
         ("wait", "hung for 1"),
         ("recurse", "obey called itself too deeply"),
     ],
