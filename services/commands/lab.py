@@ -114,9 +114,9 @@ def _staleness(arguments: argparse.Namespace) -> int:
 
     from services.lab.staleness import Grid, finished, parse_contender, run_grid
     from services.lab.tables import as_table, compared, lines_of
-    from services.learner.policy import pick_device
     from services.monitor.views import console
     from services.runtime.files import atomic_write
+    from services.wire.torch_device import torch_device
 
     if arguments.seeds < 1 or arguments.workers < 1:
         raise UsageError("--seeds and --workers must be 1 or more")
@@ -132,7 +132,7 @@ def _staleness(arguments: argparse.Namespace) -> int:
     if arguments.finished:
         pairs = finished(pairs, arguments.out)
     else:
-        pick_device(arena.device)
+        torch_device(arena.device, "device")
     progress = Console(stderr=True)
     results = run_grid([cell for _, cell in pairs], arguments.out, arguments.workers, progress)
     lines = lines_of([contender.label for contender, _ in pairs], results)

@@ -22,6 +22,7 @@ from services.learner.pretrained import check_tokenizer, load_config, load_model
 from services.runtime.errors import ConfigError, InvalidWeightsError
 from services.wire.delta import BitTensor
 from services.wire.torch_bits import to_bits
+from services.wire.torch_device import torch_device
 
 WIRE_DTYPE = "BF16"
 """safetensors name of the type that weights travel in."""
@@ -60,21 +61,6 @@ class Policy:
                 buffer.copy_(buffer.bfloat16())
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of policy.device; "auto" takes CUDA where there is one. Raises ConfigError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f'policy.device is {name!r}: use "auto", "cpu", "cuda" or "cuda:N"') from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f'policy.device is {name!r}: use "auto", "cpu", "cuda" or "cuda:N"')
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"policy.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
-    return device
-
-
 def load_policy(settings: PolicySection, system_prompt: str = "") -> Policy:
     """Loads model and files. Blocks.
 
@@ -84,7 +70,7 @@ def load_policy(settings: PolicySection, system_prompt: str = "") -> Policy:
     """
     quiet()
     files = read_model_files(settings.path)
-    device = pick_device(settings.device)
+    device = torch_device(settings.device, "policy.device")
     config = load_config(settings.path)
     highest_id = check_tokenizer(settings.path, system_prompt)
     model = load_model(settings.path, config)

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from services.runtime.errors import EngineError, HeteroRLError
 from services.runtime.log import get_logger
 from services.sampler.engine import Drawn, Generated, GenerateRequest
-from services.sampler.model_files import build_model, end_token_ids, load_tokenizer, resolve_device, resolve_dtype
+from services.sampler.model_files import build_model, end_token_ids, load_tokenizer, resolve_dtype
 from services.sampler.model_weights import copy_into_model, pair_tensors
 from services.sampler.running_batch import Request, Row, RunningBatch
 from services.wire.delta import Weights
+from services.wire.torch_device import torch_device
 from services.wire.types import EngineInfo
 
 _log = get_logger("sampler.engine")
@@ -79,7 +80,7 @@ class TransformersEngine:
     """
 
     def __init__(self, *, device: str = "auto", dtype: str = "auto", max_batch_rows: int = 128, threads: int = 0):
-        self._device = resolve_device(device)
+        self._device = torch_device(device, "engine.device")
         self._dtype = resolve_dtype(dtype, self._device)
         self._max_rows = max_batch_rows
         self._threads = threads

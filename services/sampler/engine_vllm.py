@@ -25,6 +25,7 @@ from services.sampler.vllm_child.staging import Staging, touched, weight_bytes
 from services.sampler.vllm_child.supervisor import ChildSettings, Held, Supervisor
 from services.wire.delta import Weights, validate_names_shapes
 from services.wire.model_layout import as_in_files
+from services.wire.torch_device import torch_device
 from services.wire.types import EngineInfo, FinishReason, VersionSpan
 
 _log = get_logger("sampler.engine")
@@ -47,6 +48,11 @@ class VllmEngine:
         self._settings = settings
         self._state_dir = state_dir
         self._device = "cpu" if name == "vllm-cpu" else "cuda"
+        if settings.device != "auto" and torch_device(settings.device, "engine.device").type != self._device:
+            raise ConfigError(
+                f'engine.device is "{settings.device}", and the package {name} that is installed here is for'
+                f" {self._device}: set engine.device to auto"
+            )
         self._arguments = engine_arguments(settings, self._device)
         self._dtype = resolved_dtype(settings, self._device)
         self._supervisor: Supervisor | None = None

@@ -20,19 +20,6 @@ from services.wire.model_layout import attention_kinds
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def resolve_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, else the CPU. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f'engine.device is "{name}": use auto, cpu, cuda or cuda:N') from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f'engine.device is "{name}", and this machine has {torch.cuda.device_count()} CUDA devices')
-    return device
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto": bfloat16 only where the device is quick with it."""
     if name == "auto":

@@ -69,14 +69,17 @@ def environment(settings: EngineSection, state_dir: Path, ours: Mapping[str, str
     }
     if settings.threads:
         defaults["OMP_NUM_THREADS"] = str(settings.threads)
-    if settings.device.startswith("cuda:"):
-        defaults["CUDA_VISIBLE_DEVICES"] = settings.device.removeprefix("cuda:")
     fixed = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if settings.device.startswith("cuda:"):
+        number = int(settings.device.removeprefix("cuda:"))
+        visible = ours.get("CUDA_VISIBLE_DEVICES")
+        # cuda:1 is the second of those that this process may see.
+        fixed["CUDA_VISIBLE_DEVICES"] = str(number) if visible is None else visible.split(",")[number]
     return {**defaults, **ours, **fixed}
 
 

@@ -112,3 +112,9 @@ def test_the_host_decides_on_its_environment_except_for_what_the_engine_needs(tm
     assert made["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert made["OMP_NUM_THREADS"] == "3"
     assert made["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+def test_a_device_is_one_of_those_that_the_host_lets_the_process_see(tmp_path: Path) -> None:
+    ours = {"CUDA_VISIBLE_DEVICES": "4,5,GPU-8932f937"}
+    made = [environment(EngineSection(device=name), tmp_path, ours) for name in ("auto", "cuda:1", "cuda:2")]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in made] == ["4,5,GPU-8932f937", "5", "GPU-8932f937"]
