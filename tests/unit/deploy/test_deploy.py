@@ -27,6 +27,7 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "docker" / "Dockerfile").read_text()
 MACHINES = ["learner", "sampler", "relay"]
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+INSTANCE = DEPLOY / "systemd" / "instance" / "10-instance.conf"
 VARIABLE = re.compile(r"\$\{(HETERORL_[A-Z_]+)(?::([-?])([^}]*))?\}")
 CERTIFICATES = {f"HETERORL_TLS__{key}": f"/pki/{key}" for key in ("CA", "CERTIFICATE", "KEY")}
 
@@ -154,6 +155,18 @@ def test_a_unit_starts_with_words_and_settings_that_exist(path: Path) -> None:
     assert_starts(words, environment)
     loaded = {value.split(":")[0] for value in directives.get("LoadCredential", [])}
     assert {value.removeprefix("%d/") for value in environment.values() if value.startswith("%d/")} == loaded
+
+
+def test_an_instance_of_the_sampler_has_files_of_its_own() -> None:
+    common, own = unit(DEPLOY / "systemd" / "heterorl-sampler.service"), unit(INSTANCE)
+    reset, start = own["ExecStart"]
+    assert reset == ""
+    assert start == common["ExecStart"][0].replace("sampler.toml", "%i.toml")
+    (place,) = own["Environment"]
+    (before,) = [value for value in common["Environment"] if value.startswith("HETERORL_STATE_DIR=")]
+    assert place == before.replace("/state", "/%i"), "in the folder that the unit may write to"
+    of_the_instance = [value.replace("/pki/sampler", "/pki/%i") for value in common["LoadCredential"]]
+    assert own["LoadCredential"] == ["", *of_the_instance]
 
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
