@@ -169,13 +169,17 @@ class Journal:
             connection.execute(
                 "UPDATE groups SET trained_step = NULL, staleness = NULL WHERE trained_step > ?", (step,)
             )
-            connection.execute(
+            dropped = connection.execute(
                 # By an index: a scan would read all payloads' pages, minutes of a large journal at each start.
-                "UPDATE groups SET dropped_step = NULL, dropped_reason = NULL WHERE purpose = 1 AND verdict = 1 "
+                "SELECT lease_number, id FROM groups WHERE purpose = 1 AND verdict = 1 "
                 "AND reason = '' AND dropped_reason > '' AND dropped_step > ? AND NOT EXISTS (SELECT 1 FROM groups "
                 "AS later WHERE later.verdict = 1 AND later.purpose = 1 AND later.dropped_reason IS NULL "
-                "AND later.lease_number = groups.lease_number)",
+                "AND later.lease_number = groups.lease_number) ORDER BY id",
                 (step,),
+            )
+            connection.executemany(
+                "UPDATE groups SET dropped_step = NULL, dropped_reason = NULL WHERE id = ?",
+                [(row_id,) for row_id in dict(dropped).values()],  # of each prompt the last
             )
             connection.execute(
                 "UPDATE groups SET dropped_step = ?, dropped_reason = ? WHERE verdict = 1 AND purpose = 1 "

@@ -161,6 +161,17 @@ async def test_a_rewind_makes_later_groups_pending_and_drops_versions_that_are_g
     await journal.close()
 
 
+async def test_a_rewind_brings_one_group_of_a_prompt_back_the_last_that_was_drawn(tmp_path: Path) -> None:
+    journal, _ = await opened(tmp_path)
+    ids = await journal.commit([group_row(n, lease_number=n % 2) for n in range(4)], [])
+    for step, ended in enumerate((ids[:2], ids[2:]), start=1):
+        await journal.mark_dropped([(row_id, "STALE_IN_BUFFER") for row_id in ended], step)
+    await journal.rewind_to(0, 0)
+    assert await pending_ids(journal) == ids[2:]
+    assert journal.tally.dropped == {"STALE_IN_BUFFER": 2}
+    await journal.close()
+
+
 async def test_answered_prompts_are_those_whose_group_still_counts(tmp_path: Path) -> None:
     journal, _ = await opened(tmp_path)
     ids = await journal.commit(
