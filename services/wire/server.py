@@ -29,6 +29,9 @@ _LIMITS: tuple[Option, ...] = (
     ("grpc.max_metadata_size", 8192),
     ("grpc.absolute_max_metadata_size", 16384),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # identity only: no bombs below our own limits
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # below the clients' 20 s, or they get too_many_pings
 )
 _WIDE_AREA: tuple[Option, ...] = (
     ("grpc.max_concurrent_streams", 16),  # per connection
@@ -37,9 +40,6 @@ _WIDE_AREA: tuple[Option, ...] = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 15_000),
     ("grpc.http2.ping_timeout_ms", 15_000),  # keepalive_timeout_ms alone does not fire
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # below the clients' 20 s, or they get too_many_pings
     ("grpc.max_connection_age_ms", 3_600_000),  # bounds how long an expired certificate stays connected
     ("grpc.max_connection_age_grace_ms", 300_000),
     ("grpc.server_handshake_timeout_ms", 15_000),  # TCP without TLS is cut

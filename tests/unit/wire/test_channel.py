@@ -8,12 +8,16 @@ from services.wire.identity import Identity, Role
 from services.wire.server import server_options
 
 
-def test_clients_ping_less_often_than_the_learner_allows():
-    allowed_ms = dict(server_options("learner"))["grpc.http2.min_ping_interval_without_data_ms"]
+@pytest.mark.parametrize("role", ["learner", "relay", "reward"])
+def test_clients_ping_less_often_than_servers_allow(role):
+    """Else a connection that is idle, or has one long call, ends after four pings: too_many_pings."""
+    table = dict(server_options(role))
+    allowed_ms = table["grpc.http2.min_ping_interval_without_data_ms"]
     sent_ms = dict(channel_options("control"))["grpc.keepalive_time_ms"]
     assert isinstance(sent_ms, int)
     assert isinstance(allowed_ms, int)
     assert sent_ms >= 2 * allowed_ms
+    assert table["grpc.keepalive_permit_without_calls"] == 1
 
 
 def test_a_keepalive_that_goes_unanswered_is_noticed_on_both_sides():
