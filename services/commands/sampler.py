@@ -26,7 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
         parse_target(arguments.learner)
         overrides.append(f"--connect.learner={arguments.learner}")
     config = load(SamplerConfig, arguments.config, overrides, os.environ).value
-    parse_target(config.connect.learner)
     config.require_credentials()
     log.configure(config.log)
     if config.engine.threads:  # before torch is imported: its pools are made then

@@ -87,7 +87,6 @@ class LeaseFacts:
     """What admission needs to know of a lease; the fields below `standing` mean something only when it is OPEN."""
 
     standing: Standing
-    number: int = -1
     prompt: Prompt | None = None
     purpose: LeasePurpose = LeasePurpose.TRAIN
     eval_round: int = 0

@@ -13,7 +13,6 @@ else has answered.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,6 +21,7 @@ from services.learner.dataset import PromptOrder
 from services.learner.pacing import Pacing
 from services.learner.work import GRANT_BYTES, Holder, LeaseName, Work, seed_of
 from services.learner.work_list import WorkList
+from services.runtime.backoff import set_within
 from services.wire.types import Lease, LeasePurpose, Prompt
 
 _MAX_HOLD = 10
@@ -106,9 +106,7 @@ class LeaseTable:
 
     async def wait_for_change(self, wait_s: float) -> None:
         """Until leases may be granted again that were not before, at most `wait_s`."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(wait_s):
-                await self._changed.wait()
+        await set_within(self._changed, wait_s)
 
     @property
     def all_unusable(self) -> bool:
@@ -336,7 +334,7 @@ class LeaseTable:
         self.wake()
 
     def _held(self, lease_id: str, sampler_id: str) -> Work | None:
-        """The work, if this lease of this sampler is out; an orphan is whose who names it, as in a heartbeat."""
+        """The work, if this lease of this sampler is out. An orphan belongs to whoever names it, as in a heartbeat."""
         name = LeaseName.parse(lease_id)
         work = self._works.get(name.key) if name else None
         if name is None or work is None:
@@ -358,7 +356,6 @@ class LeaseTable:
             return LeaseFacts(standing=Standing.NEVER)
         return LeaseFacts(
             standing=Standing.OPEN,
-            number=work.number,
             prompt=work.prompt,
             purpose=work.purpose,
             eval_round=work.eval_round,

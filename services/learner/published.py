@@ -77,6 +77,3 @@ class PublishedVersions:
         if version < self._oldest:
             return Origin.FORGOTTEN
         return Origin.UNKNOWN_ROOT
-
-    def knows(self, version: int) -> bool:
-        return version in self._roots

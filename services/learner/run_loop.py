@@ -142,6 +142,7 @@ class RunLoop:
             return await taking
         finally:
             taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
 
     async def _published(self) -> None:
         """Waits for the version that is on its way out, and raises what ended that."""

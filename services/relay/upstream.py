@@ -40,11 +40,9 @@ _log = get_logger("relay.upstream")
 class Upstream:
     """Two stubs, so that announcements and plans do not queue behind objects."""
 
-    def __init__(
-        self, *, control: "WeightServiceAsyncStub", bulk: "WeightServiceAsyncStub", stall_s: float = _STALL_S
-    ) -> None:
+    def __init__(self, *, control: "WeightServiceAsyncStub", bulk: "WeightServiceAsyncStub") -> None:
         self._control = control
-        self._reader = ObjectReader(bulk, stall_s=stall_s)
+        self._reader = ObjectReader(bulk, stall_s=_STALL_S)
         self._changed = asyncio.Event()
         self._closed = False
         self._sizes: OrderedDict[str, int] = OrderedDict()

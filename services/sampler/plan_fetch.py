@@ -34,9 +34,7 @@ _SPEED_WINDOW_S = 0.5
 class PlanFetch:
     """Made by `fetching` and `fetching_as_named`."""
 
-    def __init__(
-        self, cache: ObjectCache, progress: "_Progress", channels: int, pushed: PushedObjects | None = None
-    ) -> None:
+    def __init__(self, cache: ObjectCache, progress: "_Progress", channels: int, pushed: PushedObjects | None) -> None:
         self._cache = cache
         self._progress = progress
         self._channels = channels

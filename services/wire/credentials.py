@@ -1,9 +1,7 @@
 """gRPC credentials from our certificate files: mutual TLS, and rotation at the server without a restart."""
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias
 
 import grpc
 
@@ -13,8 +11,6 @@ from services.wire.certificates import OwnCertificate, check_to_dial, check_to_s
 from services.wire.identity import Identity
 from services.wire.tls import TlsFiles
 
-Clock: TypeAlias = Callable[[], datetime]
-
 _log = get_logger("wire.tls")
 
 
@@ -22,22 +18,22 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def channel_credentials(files: TlsFiles, clock: Clock = utc_now) -> tuple[grpc.ChannelCredentials, Identity]:
+def channel_credentials(files: TlsFiles) -> tuple[grpc.ChannelCredentials, Identity]:
     """Credentials to dial with, and who they say we are. Raises as `check_to_dial` does.
 
     A channel keeps the certificate it was made with: after a renewal, open a new channel.
     """
-    own = check_to_dial(files, clock())
+    own = check_to_dial(files, utc_now())
     return grpc.ssl_channel_credentials(own.ca_pem, own.key_pem, own.certificate_pem), own.identity
 
 
-def server_credentials(files: TlsFiles, clock: Clock = utc_now) -> tuple[grpc.ServerCredentials, Identity]:
+def server_credentials(files: TlsFiles) -> tuple[grpc.ServerCredentials, Identity]:
     """Credentials to serve with: clients must show a certificate of the same CA. Raises as `check_to_serve` does.
 
     The files are looked at again at each handshake; once they hold a new valid set, new connections get it.
     """
-    own = check_to_serve(files, clock())
-    source = _Rotation(files, clock, own)
+    own = check_to_serve(files, utc_now())
+    source = _Rotation(files, own)
     credentials = grpc.dynamic_ssl_server_credentials(
         source.configuration,
         source.fetch,  # pyright: ignore[reportArgumentType] - None is "no change"; the stub does not know
@@ -54,9 +50,8 @@ class _Rotation:
     the process crashed when several connections came at the same moment.
     """
 
-    def __init__(self, files: TlsFiles, clock: Clock, own: OwnCertificate) -> None:
+    def __init__(self, files: TlsFiles, own: OwnCertificate) -> None:
         self._files = files
-        self._clock = clock
         self._seen = self._stamp()
         self._reported = ""
         self.configuration = _configuration(own)
@@ -69,7 +64,7 @@ class _Rotation:
         try:
             stamp = self._stamp()
             if stamp != self._seen:
-                own = check_to_serve(self._files, self._clock())
+                own = check_to_serve(self._files, utc_now())
                 self.configuration, self._seen = _configuration(own), stamp
                 _log.info("certificate_rotated", identity=own.identity, expires=own.expires.isoformat())
                 return self.configuration

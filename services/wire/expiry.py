@@ -2,14 +2,18 @@
 would show it."""
 
 import asyncio
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import TypeAlias
 
 from services.runtime.errors import HeteroRLError
 from services.runtime.log import get_logger
 from services.wire.certificates import parse_certificates, read_pem
-from services.wire.credentials import Clock, utc_now
+from services.wire.credentials import utc_now
 from services.wire.pki import RENEW_BEFORE
 from services.wire.tls import TlsFiles
+
+Clock: TypeAlias = Callable[[], datetime]
 
 _AGAIN = timedelta(days=1)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +69,6 @@ def read_chunk(descriptor: int, offset: int, end: int, size: int = CHUNK_BYTES) 
     if not data and offset < end:
         raise CorruptObjectError("an object's file is shorter than the object; ask for a new plan")
     return chunk_of(offset, data)
-
-
-def chunks_of(data: bytes, offset: int = 0, size: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The chunks of bytes in memory, from `offset` to the end."""
-    for start in range(offset, len(data), size):
-        yield chunk_of(start, data[start : start + size])
 
 
 def verify_chunk(chunk: Chunk, expected_offset: int) -> None:

@@ -54,8 +54,8 @@ def to_bits(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = 
     return weights
 
 
-def to_torch(weights: Weights, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-    """Tensors with the same bits. On the CPU they share the memory of `weights` where that is writable."""
+def to_torch(weights: Weights) -> dict[str, torch.Tensor]:
+    """CPU tensors with the same bits, which share the memory of `weights` where that is writable."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         dtype = TORCH_DTYPES.get(tensor.dtype)
@@ -63,7 +63,7 @@ def to_torch(weights: Weights, device: str | torch.device = "cpu") -> dict[str, 
             raise InvalidWeightsError(f"{name} has the type {tensor.dtype}, which torch does not have here")
         bits = tensor.bits if tensor.bits.flags.writeable else tensor.bits.copy()
         signed = torch.from_numpy(bits.view(SIGNED[bits.dtype.itemsize]))
-        tensors[name] = signed.view(dtype).reshape(tensor.shape).to(device)
+        tensors[name] = signed.view(dtype).reshape(tensor.shape)
     return tensors
 
 

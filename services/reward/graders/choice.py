@@ -2,8 +2,6 @@
 
 import re
 
-LETTERS = "ABCDEFGHIJ"
-
 _GOLD = re.compile(r"\(?([A-J])\)?(?:\s*,\s*\(?([A-J])\)?)*")
 # An option with its text: AMC's "\textbf{(B)}\ 12", "(B) 12", "B) 12", "B. 12". "(A)(B)" is a product, "(A) + B" a sum.
 _GOLD_WITH_TEXT = re.compile(r"(?:\(([A-J])\)\s+(?![-+*/^=])|([A-J])(?:\)\s*|[.:]\s+))\S.*", re.DOTALL)
@@ -53,10 +51,3 @@ def stated_letters(text: str) -> frozenset[str] | None:
     if match is None or _BARE_LETTER.search(match[2]):
         return None
     return frozenset(match[1].upper())
-
-
-def last_line_letters(text: str) -> frozenset[str] | None:
-    """The letters that the last line consists of, for completions without any marker."""
-    lines = text.strip().splitlines()
-    line = lines[-1].strip().strip("*").rstrip(".") if lines else ""
-    return stated_letters(line) if len(line) <= 3 else None

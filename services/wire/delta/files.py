@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -78,10 +78,10 @@ def is_update(path: Path) -> bool:
     return read_metadata(path).get("format") == FORMAT
 
 
-def write_weights(weights: Weights, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+def write_weights(weights: Weights, path: str | Path) -> None:
     """One .safetensors file, durable before it appears under its name. Raises StorageError or InvalidWeightsError."""
     forms = sorted(forms_of(weights), key=lambda form: (-form.item_bytes, form.name))
-    head = build_header(metadata or {"format": "pt"}, [(form.name, form.dtype, form.shape) for form in forms])
+    head = build_header({"format": "pt"}, [(form.name, form.dtype, form.shape) for form in forms])
     atomic_write_blocks(Path(path), _blocks(head, [weights[form.name] for form in forms]))
 
 

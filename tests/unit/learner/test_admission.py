@@ -31,8 +31,8 @@ LEASE = Lease(
 )
 GROUP = group_for(LEASE)
 EVAL_LEASE = replace(LEASE, lease_id="1-e1.0-1", purpose=LeasePurpose.EVAL, eval_round=1)
-OPEN = LeaseFacts(standing=Standing.OPEN, number=0, prompt=PROMPT, group_size=2)
-OPEN_EVAL = replace(OPEN, number=-1, purpose=LeasePurpose.EVAL, eval_round=1, min_policy_version=3)
+OPEN = LeaseFacts(standing=Standing.OPEN, prompt=PROMPT, group_size=2)
+OPEN_EVAL = replace(OPEN, purpose=LeasePurpose.EVAL, eval_round=1, min_policy_version=3)
 
 
 def versions(newest: int = 4) -> PublishedVersions:
