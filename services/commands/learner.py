@@ -7,7 +7,7 @@ from typing import cast
 
 from services.commands.connection import add_tls_arguments, tls_overrides
 from services.runtime.config import add_config_arguments, load
-from services.runtime.log import configure
+from services.runtime.log import configure, get_logger
 
 _ANSWERS_S = 30.0
 """Spent on reading reference answers at a start; --check reads all."""
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     graders = [GraderSpec(name=one.name, weight=one.weight, options=one.options) for one in config.reward]
     check_answers(data, graders, None if arguments.check else _ANSWERS_S)
     if arguments.check:
+        _check_model(config.policy.path, config.data.system_prompt)
         print(f"run {config.run.id}: {len(inputs.train.prompts)} training prompts, configuration and inputs are good")
         return 0
     # Only now: the imports take seconds, and everything that a person gets wrong has been said by here.
@@ -49,3 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
         await run_learner(process, config, inputs)
 
     return run_process(main, "learner")
+
+
+def _check_model(directory: Path, system_prompt: str) -> None:
+    """What needs transformers, and no memory for weights. Raises ConfigError."""
+    try:
+        from services.learner.pretrained import check_tokenizer, load_config, quiet
+    except ModuleNotFoundError as error:  # a configuration may be written, and checked, on a machine without torch
+        get_logger("learner.check").warning("model_not_checked", missing=error.name)
+        return
+    quiet()
+    load_config(directory)
+    check_tokenizer(directory, system_prompt)

@@ -20,19 +20,22 @@ _FILES = (
     "chat_template.json",
     *_TOKENIZER_FILES,
 )
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_KEPT_IN_LFS = (".safetensors", ".json", ".model")
 
 
 def read_model_files(directory: Path) -> dict[str, bytes]:
     """Config, tokenizer and chat template, by name.
 
-    Raises InputMissingError naming what the directory lacks, ConfigError for a tokenizer without chat template, an
-    adapter and a quantized checkpoint, BadInputError for a config that is not JSON.
+    Raises InputMissingError naming what the directory lacks or Git LFS has yet to fetch, ConfigError for a tokenizer
+    without chat template, an adapter and a quantized checkpoint, BadInputError for a config that is not JSON.
     """
     if not directory.is_dir():
         raise InputMissingError(
             f"model directory {directory} is not there: set policy.path to a Hugging Face directory"
         )
     with storage_errors(f"read {directory}"):
+        _check_no_pointers(directory)
         files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
     if (directory / "adapter_config.json").exists():
         raise ConfigError(
@@ -50,6 +53,17 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
     if not _has_chat_template(files, directory):
         raise ConfigError(f"the tokenizer in {directory} has no chat template: add a chat_template.jinja")
     return files
+
+
+def _check_no_pointers(directory: Path) -> None:
+    """Of a clone without Git LFS: torch and transformers call such files damaged."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _KEPT_IN_LFS and path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise InputMissingError(
+                        f"{path} is a pointer of Git LFS and not the file: run `git lfs pull` there"
+                    )
 
 
 def _check_not_quantized(config: Mapping[str, object], directory: Path) -> None:

@@ -111,6 +111,13 @@ def test_a_model_directory_without_a_tokenizer_is_refused(folder: Path):
     assert "tokenizer" in sentence
 
 
+def test_a_chat_template_that_fails_is_found_by_the_check(folder: Path):
+    shutil.copytree(POLICY, folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}")
+    sentence = sentence_of(heterorl(folder, "learner", "-c", "run.toml", "--check", "--policy.path=model"), 78)
+    assert "the chat template fails" in sentence
+
+
 def test_a_port_in_use_is_named(folder: Path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

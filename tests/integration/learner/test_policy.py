@@ -82,6 +82,13 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_files_that_git_lfs_has_yet_to_fetch_are_told_apart_from_damaged_ones(copy: Path, name: str) -> None:
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 988097824\n")
+    with pytest.raises(InputMissingError, match=rf"{name} is a pointer of Git LFS .* `git lfs pull`"):
+        read_model_files(copy)
+
+
 def test_missing_tensors_are_refused_instead_of_made_up(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.norm.weight"]
