@@ -7,13 +7,13 @@ of that text and by nothing else: no seed, count or difficulty can put a held-ou
 import enum
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.runtime.errors import ConfigError
+from services.runtime.files import atomic_write
 
 _HELD_OUT_ONE_IN = 16
 # So many draws in a row without a new problem mean that the difficulty has (almost surely) no more of them.
@@ -117,9 +117,6 @@ def write_dataset(
     The file appears whole or not at all. Raises ConfigError if the difficulty has fewer than `count` problems.
     """
     chosen = distinct_problems(split, count=count, seed=seed, difficulty=difficulty or Difficulty())
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        for problem in chosen:
-            lines.write(json.dumps({"prompt": problem.prompt, "answer": problem.answer}) + "\n")
-    os.replace(partial, path)
+    lines = [json.dumps({"prompt": problem.prompt, "answer": problem.answer}) + "\n" for problem in chosen]
+    atomic_write(path, "".join(lines).encode())
     return chosen

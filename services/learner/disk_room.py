@@ -12,12 +12,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
+from services.runtime.backoff import set_within
 from services.runtime.errors import DiskFullError
 from services.runtime.log import get_logger
 
 _RETRY_S = 5.0
 _FORGOTTEN_S = 60.0
-"""What was refused and did not come again for so long is no sign of a full disk any more."""
+"""A refused write that was not tried again for this long says no more that the disk is full."""
 _T = TypeVar("_T")
 
 _log = get_logger("learner.disk")
@@ -44,7 +45,7 @@ class DiskRoom:
         self._refused[what] = time.monotonic()
 
     def written(self, what: str) -> None:
-        """It was."""
+        """`what` could be written."""
         if what in self._refused:
             del self._refused[what]
             _log.info("disk_has_room", waited=what)
@@ -60,9 +61,7 @@ class DiskRoom:
                 self.refused(what, error)
                 if self._stopping.is_set():
                     raise
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_RETRY_S):
-                        await self._stopping.wait()
+                await set_within(self._stopping, _RETRY_S)
             else:
                 self.written(what)
                 return result

@@ -4,10 +4,10 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from heterorl.v1 import control_pb2
+from services.runtime.backoff import set_within
 from services.runtime.errors import ExhaustedError, UnavailableError
 from services.runtime.log import get_logger
 from services.sampler.engine import Engine
@@ -74,9 +74,7 @@ class Heartbeat:
             interval_s = self._session.heartbeat_interval_s
             if self.rollout is not None and self.rollout.paused:
                 interval_s = min(interval_s, _PAUSED_INTERVAL_S)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(interval_s * (1 + _JITTER * (2 * self._draw() - 1))):
-                    await self._news.wait()
+            await set_within(self._news, interval_s * (1 + _JITTER * (2 * self._draw() - 1)))
             self._news.clear()
 
     async def beat(self) -> None:

@@ -9,12 +9,12 @@ learner is to send it is waited for, so that it does not travel twice; where not
 import asyncio
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import grpc
 
 from heterorl.v1 import weights_pb2
+from services.runtime.backoff import set_within
 from services.runtime.errors import HeteroRLError
 from services.runtime.log import get_logger
 from services.sampler.object_cache import ObjectCache
@@ -110,9 +110,7 @@ class PushedObjects:
                     task.cancel()
                 break
             self._sign.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await self._sign.wait()
+            await set_within(self._sign, left_s)
         return ref.object_id in update.came
 
     async def _take(self, update: _Update, most_bytes: int) -> None:

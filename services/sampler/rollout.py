@@ -10,13 +10,12 @@ acknowledged.
 import asyncio
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from heterorl.v1 import control_pb2
 from services.runtime import failpoints
-from services.runtime.backoff import Backoff
+from services.runtime.backoff import Backoff, set_within
 from services.runtime.errors import EngineError, ExhaustedError, ScoreError, UnavailableError
 from services.runtime.log import get_logger
 from services.sampler.delays import NO_DELAYS, Delays
@@ -242,9 +241,7 @@ class Rollout:
         self._delayed += 1
         self._room.set()
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._hurry.wait()
+            await set_within(self._hurry, wait_s)
         finally:
             self._delayed -= 1
 

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from heterorl.v1 import types_pb2
 from services.runtime.errors import BadInputError
 from services.wire import types as t
+from services.wire.objects import is_object_id
 
 _EnumT = TypeVar("_EnumT", bound=Enum)
 _MessageT = TypeVar("_MessageT", bound=Message)
@@ -54,7 +55,7 @@ def to_object(ref: t.ObjectRef) -> types_pb2.ObjectRef:
 
 def from_object(message: types_pb2.ObjectRef) -> t.ObjectRef:
     """Refuses anything but 64 lower-case hex digits, because the id becomes a file name."""
-    if len(message.object_id) != 64 or not set(message.object_id) <= set("0123456789abcdef"):
+    if not is_object_id(message.object_id):
         raise BadInputError("an object id is not 64 lower-case hex digits; the peer is damaged or hostile")
     return t.ObjectRef(object_id=message.object_id, size_bytes=message.size_bytes)
 
