@@ -169,7 +169,8 @@ class Follower:
             error = found
         finally:
             self._tally.fetch = None
-        if self._sources.failed(source, error):
+        # A peer's storage error arrives as UnavailableError: this one is our own disk's, whoever brings the bytes.
+        if not isinstance(error, StorageError) and self._sources.failed(source, error):
             self._watch.again()  # at once, from the learner: a relay's plan judges neither the version nor our copy
         elif announced is not None and not isinstance(error, UnavailableError | ExhaustedError | StorageError):
             _log.warning("announced_update_dropped", error=error)

@@ -56,12 +56,16 @@ class Following:
     engine: RecordingEngine
     tally: Tally
     cache: ObjectCache
+    sources: WeightSources
 
 
 @asynccontextmanager
-async def following(served: Served, signer: ManifestSigner, directory: Path) -> AsyncIterator[Following]:
+async def following(
+    served: Served, signer: ManifestSigner, directory: Path, *, by_relay: bool = False
+) -> AsyncIterator[Following]:
     tally = Tally()
-    sources = WeightSources(WeightServiceStub(served.channel))
+    stub = WeightServiceStub(served.channel)
+    sources = WeightSources(stub, stub if by_relay else None)
     cache = ObjectCache(directory, sources, 1 << 20)
     follower = Follower(
         sources=sources,
@@ -80,7 +84,7 @@ async def following(served: Served, signer: ManifestSigner, directory: Path) -> 
         await engine.load(held.weights, held.version, held.root)
         await follower._note_loaded(held)
         running.append(tasks.create_task(follower.follow(engine)))
-        yield Following(follower=follower, engine=engine, tally=tally, cache=cache)
+        yield Following(follower=follower, engine=engine, tally=tally, cache=cache, sources=sources)
         for task in running:
             task.cancel()
 
@@ -260,14 +264,14 @@ async def test_the_memory_of_a_version_that_the_engine_keeps_is_not_used_again(
         assert root_of(kept) == root_of(weights)
 
 
-async def test_a_full_disk_empties_the_cache_of_what_nobody_wants(
+async def test_a_full_disk_empties_the_cache_of_what_nobody_wants_and_is_no_fault_of_the_relay(
     tmp_path: Path, signer: ManifestSigner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = ScriptedWeights(signer)
     weights = weights_of(11)
     await server.publish(weights)
     objects = tmp_path / "objects"
-    async with serving(weights=server) as served, following(served, signer, objects) as follows:
+    async with serving(weights=server) as served, following(served, signer, objects, by_relay=True) as follows:
         old = {path.name for path in objects.iterdir()}
         assert old
         write = os.write
@@ -284,3 +288,4 @@ async def test_a_full_disk_empties_the_cache_of_what_nobody_wants(
         assert follows.follower.root == root_of(changed(weights, 7))
         assert not old & {path.name for path in objects.iterdir()}
         assert follows.tally.keyframes_refetched == 0
+        assert follows.sources.fallbacks == 0
