@@ -353,7 +353,7 @@ class LeaseTable:
             over = name.number is None or name.number < self._works.following
             return LeaseFacts(standing=Standing.OVER if over else Standing.NEVER)
         if name.learner_epoch == self._epoch and work.granted_to.get(name.grant) != sampler_id:
-            return LeaseFacts(standing=Standing.NEVER)
+            return LeaseFacts(standing=Standing.OVER if work.reopened else Standing.NEVER)
         return LeaseFacts(
             standing=Standing.OPEN,
             prompt=work.prompt,

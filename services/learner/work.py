@@ -66,6 +66,8 @@ class Work:
     """Evaluation: oldest policy that may answer."""
     grants: int = 0
     granted_to: dict[int, str] = field(default_factory=dict[int, str])
+    reopened: bool = False
+    """An accepted group of it was dropped: grants from before that are forgotten, and their groups may still come."""
     holder: Holder | None = None
     orphaned_until: float | None = None
     """After a restart of the learner: until then, whoever names it in a heartbeat has it."""

@@ -133,7 +133,9 @@ class WorkList:
         if len(self._drops) > _MOST_DROPPED:
             del self._drops[next(iter(self._drops))]
         if drops < _MAX_DROPS and f"t{number}" not in self._open:
-            self.put_back([self._open_training(number)])
+            work = self._open_training(number)
+            work.reopened = True
+            self.put_back([work])
 
     def give_up(self, work: Work) -> None:
         self.remove(work)

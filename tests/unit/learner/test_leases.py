@@ -177,6 +177,21 @@ async def test_a_prompt_whose_groups_came_too_late_is_granted_again_but_not_for_
     assert ids(await given.leases()) == ["p1"]
 
 
+async def test_a_late_group_of_a_prompt_that_was_opened_again_is_lost_and_no_fault_of_its_sampler() -> None:
+    given = Table(groups_per_step=1, max_staleness=0)
+    given.table.advance(0)
+    late = (await given.leases("slow", count=1))[0].lease_id
+    given.clock.advance(TTL_S)
+    answered = (await given.leases("b", count=1))[0].lease_id
+    given.table.answer(answered, "b")
+    given.table.reopen([0])
+    assert [given.table.facts(late, "slow").standing, given.table.facts(answered, "b").standing] == [Standing.OVER] * 2
+    again = (await given.leases("b", count=1))[0]
+    assert again.prompt.prompt_id == "p0"
+    assert given.table.facts(again.lease_id, "b").standing is Standing.OPEN
+    assert given.table.facts(late, "slow").standing is Standing.OVER
+
+
 async def test_one_answer_holds_no_more_prompts_than_fit_a_message() -> None:
     given = Table(groups_per_step=5)
     given.table.advance(0)
