@@ -29,7 +29,7 @@ from services.wire.convert import decode_group
 
 BUCKETS = ((0, 0), (1, 2), (3, 8), (9, 32), (33, 128), (129, None))
 """First and last staleness of each bucket, in versions."""
-_KEPT = ("loss", "grad_norm", "weight_mean", "weight_var", "weight_max", "clip_share", "kl_k2", "bias_estimate")
+_KEPT = ("rows", "loss", "grad_norm", "weight_mean", "weight_var", "weight_max", "clip_share", "kl_k2", "bias_estimate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +148,7 @@ def _evaluate(
 def as_table(found: Sequence[Replayed]) -> Table:
     table = Table(title="recorded groups, by staleness when they were trained", title_justify="left")
     for heading in ("staleness", "groups", "loss"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name in _KEPT:
         table.add_column({"loss": "value"}.get(name, name), justify="right")
     for one in found:

@@ -181,7 +181,7 @@ def test_the_command_prints_one_object_for_each_bucket_and_loss(
         ("3-8", "gepo"),
         ("3-8", "gspo"),
     ]
-    assert all(one["grad_norm"] >= 0 for one in found)
+    assert all(one["grad_norm"] >= 0 and one["rows"] == 4 for one in found)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> tuple[int, str]:
