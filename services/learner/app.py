@@ -38,7 +38,7 @@ from services.learner.run_state import Activity, RunState
 from services.learner.serving import LearnerServer, LearnerServices
 from services.learner.settings_record import settings_of, tell_of_changes
 from services.learner.status import Observed
-from services.learner.telemetry import LearnerCollector
+from services.learner.telemetry import metrics_of
 from services.learner.traffic import Traffic
 from services.learner.trainer import Trainer, TrainerSettings
 from services.learner.versions import VersionFiles
@@ -47,7 +47,7 @@ from services.runtime.errors import ConfigError
 from services.runtime.files import atomic_write, locked_directory, storage_errors
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
-from services.runtime.metrics import Metrics
+from services.runtime.metrics import LoopCollector, metrics_served
 from services.wire.convert import model_files_sha256
 from services.wire.expiry import tell_of_expiry
 from services.wire.signing import ManifestSigner
@@ -86,13 +86,12 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
         ]
         drain = asyncio.Event()
         loop = RunLoop(parts)
-        metrics = Metrics("learner")
-        metrics.registry.register(LearnerCollector(learner.observed.status, asyncio.get_running_loop()))
+        collector = LoopCollector(lambda: metrics_of(learner.observed.status()), asyncio.get_running_loop())
         async with server.serving(_services(config, learner, drain), plane.sessions, drain):
             atomic_write(state_dir / ADDRESS_NAME, f"{server.address}\n".encode())
             process.say(f"learner listens on {server.address}")
             process.ready(f"serving run {config.run.id} on {server.address}")
-            with metrics.served(config.listen.metrics_address) as scraped:
+            with metrics_served(config.listen.metrics_address, collector) as scraped:
                 if scraped is not None:
                     atomic_write(state_dir / METRICS_ADDRESS_NAME, f"{scraped}\n".encode())
                 await loop.run()

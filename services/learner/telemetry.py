@@ -1,18 +1,12 @@
-"""Prometheus metrics of the learner, made from the same RunStatus that `heterorl status` shows.
+"""Prometheus metrics of the learner, made from the same RunStatus that `heterorl status` shows."""
 
-A scrape comes on a thread of its own; the state is read on the event loop, so that it is of one moment.
-"""
-
-import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from heterorl.v1 import monitor_pb2, types_pb2
 
-_ANSWER_S = 5.0
 _PREFIX = "heterorl_learner"
 _BIN = re.compile(r"staleness_\d+")
 
@@ -44,24 +38,6 @@ _SAMPLER: dict[str, tuple[str, Callable[[monitor_pb2.SamplerStatus], float]]] = 
     "sampler_logprob_mismatch_kl_nats": ("KL(q|p) per token at staleness 0", lambda s: s.logprob_mismatch_kl),
     "sampler_lost_ratio": ("1 where it is lost", lambda s: float(s.state == types_pb2.SAMPLER_STATE_LOST)),
 }
-
-
-class LearnerCollector(Collector):
-    """Asks `status` on `loop` at each scrape; a loop that does not answer in time fails the scrape, and shows."""
-
-    def __init__(self, status: Callable[[], monitor_pb2.RunStatus], loop: asyncio.AbstractEventLoop) -> None:
-        self._status = status
-        self._loop = loop
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing beforehand: registration must not wait for the loop that registers."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
-        async def now() -> monitor_pb2.RunStatus:
-            return self._status()
-
-        return metrics_of(asyncio.run_coroutine_threadsafe(now(), self._loop).result(_ANSWER_S))
 
 
 def metrics_of(status: monitor_pb2.RunStatus) -> Iterator[Metric]:

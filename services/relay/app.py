@@ -27,7 +27,7 @@ from services.runtime.errors import ConfigError
 from services.runtime.files import locked_directory
 from services.runtime.lifecycle import Process
 from services.runtime.log import get_logger
-from services.runtime.metrics import Metrics
+from services.runtime.metrics import metrics_served
 from services.wire.channel import open_channel, route_to
 from services.wire.credentials import channel_credentials, server_credentials
 from services.wire.expiry import tell_of_expiry
@@ -103,11 +103,8 @@ async def run_relay(config: RelayConfig, process: Process) -> None:
         stack.push_async_callback(bodies.close)
         service = RelayWeightService(upstream=upstream, plans=plans, bodies=bodies, stall_s=config.listen.stall_s)
         weights_pb2_grpc.add_WeightServiceServicer_to_server(service, server)
-        metrics = Metrics("relay")
-        metrics.registry.register(
-            RelayCollector(cache=cache, upstream=upstream, plans=plans, bodies=bodies, service=service)
-        )
-        stack.enter_context(metrics.served(config.listen.metrics_address))
+        collector = RelayCollector(cache=cache, upstream=upstream, plans=plans, bodies=bodies, service=service)
+        stack.enter_context(metrics_served(config.listen.metrics_address, collector))
         link = Link(channel=control, upstream=upstream, name=route_to(ends.upstream))
         beside = [
             process.tasks.create_task(work) for work in (upstream.watch(), link.report(), tell_of_expiry(config.tls))

@@ -1,7 +1,4 @@
-"""Prometheus metrics of the sampler, `heterorl_sampler_<what>_<unit>`, from the same numbers as its heartbeats.
-
-A scrape comes on a thread of its own; the numbers are read on the event loop, so that they are of one moment.
-"""
+"""Prometheus metrics of the sampler, `heterorl_sampler_<what>_<unit>`, from the same numbers as its heartbeats."""
 
 import asyncio
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -10,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
+from services.runtime import metrics
 from services.runtime.files import atomic_write
-from services.runtime.metrics import Metrics
 from services.sampler.engine import Engine
 from services.sampler.follower import Follower
 from services.sampler.rollout import Rollout
@@ -23,7 +19,6 @@ from services.sampler.tally import Tally
 from services.sampler.weight_sources import WeightSources
 
 ADDRESS_NAME = "metrics_address"
-_ANSWER_S = 5.0
 _PREFIX = "heterorl_sampler"
 
 
@@ -119,36 +114,17 @@ class Vitals:
 def metrics_served(address: str, state_dir: Path, observe: Callable[[], Observed]) -> Generator[None]:
     """Serves on `address` while the block runs ("" serves nothing) and keeps what it got in state_dir/metrics_address.
 
-    Called on the event loop. Raises as Metrics.served does."""
-    metrics = Metrics("sampler")
-    metrics.registry.register(SamplerCollector(observe, asyncio.get_running_loop()))
+    Called on the event loop. Raises as runtime.metrics.metrics_served."""
+    collector = metrics.LoopCollector(lambda: metrics_of(observe()), asyncio.get_running_loop())
     file = state_dir / ADDRESS_NAME
     file.unlink(missing_ok=True)  # of a sampler that was killed
-    with metrics.served(address) as bound:
+    with metrics.metrics_served(address, collector) as bound:
         if bound is not None:
             atomic_write(file, f"{bound}\n".encode())
         try:
             yield
         finally:
             file.unlink(missing_ok=True)
-
-
-class SamplerCollector(Collector):
-    """Asks `observe` on `loop` at each scrape; a loop that does not answer in time fails the scrape, and shows."""
-
-    def __init__(self, observe: Callable[[], Observed], loop: asyncio.AbstractEventLoop) -> None:
-        self._observe = observe
-        self._loop = loop
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing beforehand: registration must not wait for the loop that registers."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
-        async def now() -> list[Metric]:
-            return list(metrics_of(self._observe()))
-
-        return iter(asyncio.run_coroutine_threadsafe(now(), self._loop).result(_ANSWER_S))
 
 
 def metrics_of(observed: Observed) -> Iterator[Metric]:

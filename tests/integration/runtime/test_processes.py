@@ -8,13 +8,15 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from services.runtime.errors import ConfigError, UnavailableError
-from services.runtime.metrics import Metrics
+from services.runtime.metrics import metrics_served
 
 PROGRAM = """
 import sys
@@ -166,10 +168,13 @@ async def test_systemd_hears_ready_status_watchdog_and_stopping(tmp_path: Path):
     assert process.returncode == 0
 
 
+class OneMetric(Collector):
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("heterorl_learner_version_versions", "Newest version.", value=3)
+
+
 def test_metrics_are_served_on_a_free_port_while_the_block_runs():
-    metrics = Metrics("learner")
-    metrics.gauge("version", "versions", "Newest version.").set(3)
-    with metrics.served("127.0.0.1:0") as address:
+    with metrics_served("127.0.0.1:0", OneMetric()) as address:
         assert address is not None
         url = f"http://{address}/metrics"
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=20) as answer:
@@ -183,7 +188,7 @@ def test_a_connection_to_the_metrics_that_says_nothing_is_cut(
 ):
     """Each holds a thread and a file: a thousand of them ended a learner with "too many open files"."""
     monkeypatch.setattr("services.runtime.metrics._Scrape.timeout", 0.2)
-    with Metrics("learner").served("127.0.0.1:0") as address:
+    with metrics_served("127.0.0.1:0", OneMetric()) as address:
         assert address is not None
         with socket.create_connection((address.host, address.port), timeout=5) as silent:
             assert silent.recv(1) == b""
@@ -191,14 +196,14 @@ def test_a_connection_to_the_metrics_that_says_nothing_is_cut(
 
 
 def test_a_metrics_port_in_use_and_a_strange_address_are_one_sentence():
-    with Metrics("learner").served("127.0.0.1:0") as address:
+    with metrics_served("127.0.0.1:0", OneMetric()) as address:
         in_use = pytest.raises(UnavailableError, match=r"\(metrics\) is in use by another process")
-        with in_use, Metrics("sampler").served(str(address)):
+        with in_use, metrics_served(str(address), OneMetric()):
             pass
-    with pytest.raises(ConfigError, match="cannot listen on 192"), Metrics("learner").served("192.0.2.1:0"):
+    with pytest.raises(ConfigError, match="cannot listen on 192"), metrics_served("192.0.2.1:0", OneMetric()):
         pass
 
 
 def test_no_metrics_address_serves_nothing():
-    with Metrics("learner").served("") as address:
+    with metrics_served("", OneMetric()) as address:
         assert address is None
