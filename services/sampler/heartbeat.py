@@ -83,6 +83,7 @@ class Heartbeat:
         report = self.report()
         ask_why = not self._answered and self._clock() >= self._ask_why_at_s
         timeout_s = _TIMEOUT_S if ask_why else min(_TIMEOUT_S, self._session.heartbeat_interval_s * 2)
+        under = self._session.session
         try:
             answer = await self._session.call(
                 lambda session: self._control.Heartbeat(
@@ -90,6 +91,8 @@ class Heartbeat:
                 )
             )
         except (UnavailableError, ExhaustedError) as error:
+            if self._session.session is not under:
+                return  # a learner that restarted: it is registered with again, and the next report is for it
             if self._answered or ask_why:
                 _log.warning("learner_silent", learner=self._session.learner, error=error)
                 self._ask_why_at_s = self._clock() + (_ASK_WHY_S if self._answered else _REPEAT_S)
