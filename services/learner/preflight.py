@@ -1,6 +1,7 @@
 """Everything of a start that can be checked before torch is imported: certificates, address, data sets, model files."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def preflight(config: LearnerConfig) -> Inputs:
     _check_writable("run.state_dir", config.run.state_dir)
     _check_writable("run.export_dir", config.run.policy_dir.parent)
     _warn_of_long_groups(config)
+    _warn_of_overlap(train.prompts, held_out[: config.eval.prompts])
     if config.eval.every_steps and config.data.eval is None:
         _log.warning("eval.every_steps is set, and data.eval names no held-out prompts: there will be no evaluation")
     return Inputs(
@@ -84,4 +86,14 @@ def _warn_of_long_groups(config: LearnerConfig) -> None:
         _log.warning(
             f"a group of {sampling.group_size} completions fits a message up to {fits} tokens each on average, and "
             f"sampling.max_completion_tokens is {sampling.max_completion_tokens}: samplers give up longer groups"
+        )
+
+
+def _warn_of_overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """Accuracy is read as what the policy does with prompts that it was not trained on."""
+    trained = {prompt.text.strip() for prompt in train}
+    if both := sum(prompt.text.strip() in trained for prompt in held_out):
+        _log.warning(
+            f"{both} of the {len(held_out)} prompts of data.eval are in data.train too: they are not held out, and "
+            "accuracy says less"
         )

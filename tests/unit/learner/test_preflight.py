@@ -5,9 +5,10 @@ import pytest
 
 from heterorl.v1 import control_pb2, monitor_pb2, types_pb2
 from services.learner.config import LearnerConfig
-from services.learner.preflight import _check_writable, _warn_of_long_groups
+from services.learner.preflight import _check_writable, _warn_of_long_groups, _warn_of_overlap
 from services.runtime.config import load
 from services.runtime.errors import ConfigError, StorageError
+from services.wire.types import Prompt
 
 
 @pytest.mark.parametrize(("group_size", "longest", "warns"), [(16, 32768, False), (64, 16384, True), (8, 80_000, True)])
@@ -19,6 +20,16 @@ def test_groups_too_long_for_a_message_are_announced_at_the_start(
     )
     _warn_of_long_groups(config)
     assert ("samplers give up longer groups" in caplog.text) is warns
+
+
+def test_held_out_prompts_that_are_trained_on_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["1+1?", "1+2?", "2+2?"]
+    prompts = [Prompt(prompt_id=text, text=text, answer="x", metadata_json="") for text in texts]
+    again = Prompt(prompt_id="0", text="1+1? ", answer="2", metadata_json="")
+    _warn_of_overlap(prompts[:2], prompts[2:])
+    assert not caplog.records
+    _warn_of_overlap(prompts[:2], [again, *prompts[1:]])
+    assert "2 of the 3 prompts of data.eval are in data.train too" in caplog.text
 
 
 @pytest.mark.parametrize(
