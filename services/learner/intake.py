@@ -26,20 +26,20 @@ from services.runtime.log import get_logger
 from services.wire.types import GroupEnvelope, LeasePurpose, ScoredGroup, Verdict, VerdictCode
 
 _log = get_logger("learner.intake")
-_MOST = 32
-_ENOUGH = 8
-_WAIT_S = 0.02
-_QUEUE = 256
+_GROUPS_PER_COMMIT = 32
+_GROUPS_TO_COMMIT_AT_ONCE = 8
+_GATHER_S = 0.02
+_QUEUED_GROUPS = 256
 _ALARMING = frozenset({Fault.ID_REUSE, Fault.UNKNOWN_ROOT, Fault.NEVER_LEASED})
-"""What an honest sampler with sound hardware never does."""
-_OF_A_START = frozenset(
+"""Faults that an honest sampler with sound hardware never has."""
+_AFTER_RESTART = frozenset(
     {
         *(Fault.NEVER_LEASED, Fault.OTHER_PROMPT, Fault.OTHER_PURPOSE, Fault.UNKNOWN_ROOT),
         *(Fault.PROMPT_TOO_LONG, Fault.COMPLETION_TOO_LONG, Fault.WRONG_GROUP_SIZE, Fault.WRONG_TEMPERATURE),
     }
 )
-"""What it seems to do where the learner was restored from a backup, and does not know what it said before; or was
-started again with other settings than those that the group was made by."""
+"""Faults that a group of an earlier learner epoch may have through the learner's doing: it was restored from a backup
+older than the group, or started again with other settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ class Intake:
         self._room = room
         self._deliver = deliver
         self._unix_ms = unix_ms
-        self._queue: asyncio.Queue[_Entry] = asyncio.Queue(_QUEUE)
+        self._queue: asyncio.Queue[_Entry] = asyncio.Queue(_QUEUED_GROUPS)
         self.committing = 0
         """Accepted training groups that are on their way to the disk: neither leased any more nor in the buffer."""
 
@@ -160,11 +160,11 @@ class Intake:
 
     async def _gather(self) -> list[_Entry]:
         batch = [await self._queue.get()]
-        while len(batch) < _MOST and not self._queue.empty():
+        while len(batch) < _GROUPS_PER_COMMIT and not self._queue.empty():
             batch.append(self._queue.get_nowait())
         with suppress(TimeoutError):
-            async with asyncio.timeout(_WAIT_S):
-                while len(batch) < _ENOUGH and batch[-1].arrival is not None:
+            async with asyncio.timeout(_GATHER_S):
+                while len(batch) < _GROUPS_TO_COMMIT_AT_ONCE and batch[-1].arrival is not None:
                     batch.append(await self._queue.get())
         return batch
 
@@ -354,7 +354,7 @@ class Intake:
         elif row.verdict is VerdictCode.INVALID:
             name = LeaseName.parse(row.lease_id)
             earlier = name is not None and name.learner_epoch != self._sessions.learner_epoch
-            if not (earlier and row.reason in _OF_A_START):  # else no sampler's fault
+            if not (earlier and row.reason in _AFTER_RESTART):  # else no sampler's fault
                 _raise_streak(sampler)
 
 

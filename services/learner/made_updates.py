@@ -24,14 +24,14 @@ from services.wire.delta.fold import iter_fold
 from services.wire.types import ObjectRef, PlanStep, UpdateKind
 
 SQUASH_PATIENCE_S = 10.0
-"""So long a caller waits for a squashed delta: the single ones do as well, they are only larger."""
+"""A caller waits this long for a squashed delta, then takes the single deltas: they do as well and are only larger."""
 KEYFRAME_PATIENCE_S = 20.0
-"""And so long for a keyframe, before it is told to ask again: less than the deadline of its call."""
+"""A caller waits this long for a keyframe before it is told to ask again: less than the deadline of its call."""
 OWED_S = 300.0
-"""Who was told so, and asks again this soon, gets that one: the newest version may be another by then."""
+"""A caller that was told to ask again, and does so within this time, gets that keyframe though newer versions exist."""
 MOST_UNDER_WAY = 2
-"""While so many wait for their turn no squashed delta is begun: a sampler that is always far behind would queue ever
-more of them."""
+"""No squashed delta is begun while this many updates are under way: a sampler that is always far behind would queue
+ever more of them."""
 
 _log = get_logger("learner.updates")
 _Key = tuple[str, str]

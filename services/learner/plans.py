@@ -1,10 +1,10 @@
-"""The cheapest way, in bytes, from the weights that a receiver holds to a version.
+"""The cheapest updates, in bytes, from the weights that a receiver holds to a version.
 
-Roots are places, updates are one-way roads whose length is their size: a plan is a shortest path. A keyframe is a road
-from nowhere (""). Stored deltas make the chain; two kinds of road are built on demand (made_updates.py):
+A directed graph: roots are nodes, updates are edges weighted by their bytes, a plan is a shortest path. A keyframe is
+an edge from the empty root "". Stored deltas make a chain; two kinds of edge are made on demand (made_updates.py):
 
-    keyframe of the newest version    where no road leads there, or every one is longer than a keyframe
-    squashed delta                    where the shortest way has two or more deltas in a row
+    keyframe of the newest version    where no path leads there, or every one is longer than a keyframe
+    squashed delta                    where the shortest path has two or more deltas in a row
 
 Receivers are placed by root, never by number: one that is ahead of a restored learner gets a plan like any other.
 """
@@ -62,7 +62,7 @@ class Planner:
             broken = await asyncio.to_thread(self._first_broken, steps)
             if broken is None:
                 return Plan(target=target.manifest, steps=tuple(steps))
-            await self._close(broken)
+            await self._forget(broken)
 
     async def collect(self, also_keep: Iterable[str], traffic: Traffic) -> None:
         """*Waits for* the disk; *produces* free space: versions beyond publish.keep_versions and on-demand updates to
@@ -73,24 +73,24 @@ class Planner:
             oldest = newest.number - self._settings.keep_versions
             self._made.forget_older(newest.root)
             await asyncio.to_thread(self._versions.remove, [row for row in self._versions.rows if row <= oldest])
-            named = {ref.object_id for step in self._roads() for ref in step.objects}
+            named = {ref.object_id for step in self._edges() for ref in step.objects}
             on_the_way = traffic.companions(self._store.in_use())
             await asyncio.to_thread(self._store.collect, {*named, *self._made.sources, *also_keep, *on_the_way})
 
     async def _steps(self, have_root: str, target: Version, newest: Snapshot) -> list[PlanStep]:
-        path = shortest_path(self._roads(), have_root, target.root)
+        path = shortest_path(self._edges(), have_root, target.root)
         if path is not None:
             deltas = [step for step in path if step.kind is UpdateKind.DELTA]
             if len(deltas) > 1 and await asyncio.to_thread(self._first_broken, deltas) is None:
                 await self._made.squash(deltas)
-                path = shortest_path(self._roads(), have_root, target.root)
+                path = shortest_path(self._edges(), have_root, target.root)
         if target.root == newest.version.root and (path is None or self._too_long(path)):
             try:
                 await self._made.keyframe(newest)
             except UnavailableError:
                 if path is None:
                     raise
-            path = shortest_path(self._roads(), have_root, target.root)
+            path = shortest_path(self._edges(), have_root, target.root)
         if path is None:
             raise ObjectGoneError(f"version {target.number} can no longer be reached: ask for the newest")
         return path
@@ -105,26 +105,26 @@ class Planner:
         return target, [step]
 
     def _keyframe_to(self, target: Version) -> PlanStep | None:
-        keyframes = [road for road in self._keyframes() if road.target_root == target.root]
+        keyframes = [edge for edge in self._keyframes() if edge.target_root == target.root]
         return min(keyframes, key=size_of, default=None)
 
     def _keyframes(self) -> list[PlanStep]:
-        return [step for step in self._roads() if step.kind is UpdateKind.KEYFRAME]
+        return [step for step in self._edges() if step.kind is UpdateKind.KEYFRAME]
 
     def _too_long(self, path: Sequence[PlanStep]) -> bool:
         """Whether a fresh keyframe would be cheaper, judged by the size of the last one."""
         last = max(self._keyframes(), key=lambda step: step.target_version, default=None)
         return last is not None and sum(map(size_of, path)) > size_of(last) * _WORTH_A_KEYFRAME
 
-    def _roads(self) -> list[PlanStep]:
+    def _edges(self) -> list[PlanStep]:
         return [row.update for row in self._versions.rows.values() if row.update is not None] + self._made.steps
 
     def _first_broken(self, steps: Sequence[PlanStep]) -> PlanStep | None:
         """The first that lacks an object, or has a damaged one."""
         return next((step for step in steps if not all(self._store.is_sound(ref) for ref in step.objects)), None)
 
-    async def _close(self, step: PlanStep) -> None:
-        """Nobody is sent that way again."""
+    async def _forget(self, step: PlanStep) -> None:
+        """No plan has this update again."""
         _log.error("update_lost", kind=step.kind.name, to=step.target_version)
         self._made.forget(step)
         async with self._changing:
@@ -138,11 +138,11 @@ def size_of(step: PlanStep) -> int:
     return sum(ref.size_bytes for ref in step.objects)
 
 
-def shortest_path(roads: Iterable[PlanStep], have_root: str, target_root: str) -> list[PlanStep] | None:
-    """Fewest bytes from `have_root`, or from nothing, to `target_root` (Dijkstra); None where no way leads there."""
+def shortest_path(edges: Iterable[PlanStep], have_root: str, target_root: str) -> list[PlanStep] | None:
+    """Fewest bytes from `have_root`, or from nothing, to `target_root` (Dijkstra); None where no path leads there."""
     leaving: dict[str, list[PlanStep]] = {}
-    for road in roads:
-        leaving.setdefault(road.base_root, []).append(road)
+    for edge in edges:
+        leaving.setdefault(edge.base_root, []).append(edge)
     best: dict[str, int] = {"": 0, have_root: 0}
     came_by: dict[str, PlanStep] = {}
     queue = [(0, root) for root in best]
@@ -152,12 +152,12 @@ def shortest_path(roads: Iterable[PlanStep], have_root: str, target_root: str) -
             return _walk_back(came_by, target_root)
         if cost > best[root]:
             continue
-        for road in leaving.get(root, []):
-            further = cost + size_of(road)
-            if further < best.get(road.target_root, further + 1):
-                best[road.target_root] = further
-                came_by[road.target_root] = road
-                heapq.heappush(queue, (further, road.target_root))
+        for edge in leaving.get(root, []):
+            further = cost + size_of(edge)
+            if further < best.get(edge.target_root, further + 1):
+                best[edge.target_root] = further
+                came_by[edge.target_root] = edge
+                heapq.heappush(queue, (further, edge.target_root))
     return None
 
 

@@ -68,8 +68,8 @@ class Observed:
 
     @property
     def _phase(self) -> Phase:
-        """Where the learner waits a pause begins at once: the loop looks between two steps, and without leases no next
-        one may come."""
+        """PAUSED from the request on where the learner waits: the loop looks for a pause between two steps only, and
+        while no leases are granted no next step may come."""
         phase = self.state.phase
         waits = phase in (Phase.WAITING_FOR_GROUPS, Phase.EVALUATING)
         return Phase.PAUSED if waits and self.plane.sessions.paused else phase

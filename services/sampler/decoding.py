@@ -79,8 +79,8 @@ class Decoding:
         return base
 
     async def while_it_is_made(self, arrivals: Arrivals, fetch: PlanFetch, held: Held) -> Held | None:
-        """The weights of an update that the learner is still making: proved and looked at once its plan is there; None
-        where it was given up, or has to be carried out as any other. Raises what fetching raises."""
+        """The weights of an update that the learner is still making, verified once its plan is there. None where the
+        learner gave it up, or its plan must be carried out like any other. Raises what fetching raises."""
         spare, self._spare = self._spare, None
         level, self._copy_of = self._copy_of is held, None
         early = None if spare is None else self._early(held, spare, arrivals.base_root, arrivals.target_root, level)
@@ -102,7 +102,7 @@ class Decoding:
         return weights
 
     async def _as_it_comes(self, step: PlanStep, fetch: PlanFetch, held: Held, spare: Held, level: bool) -> Held | None:
-        """Proved and looked at, or None: `spare` is memory still."""
+        """The verified weights, or None; then `spare` may be overwritten again."""
         early = self._early(held, spare, step.base_root, step.target_root, level)
         try:
             for ref in step.objects:

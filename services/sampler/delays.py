@@ -1,8 +1,7 @@
 """Delays of a bad link, as a model: the `[delay]` section, and draws from it.
 
 The same section delays a real sampler, in real seconds, and the laboratory's samplers, in virtual ones. docs/lab.md has
-the formulas. Source of the
-defaults: arXiv 2508.17850, where samplers get weights late by 60 to 1,800 s.
+the formulas. Source of the defaults: arXiv 2508.17850, where samplers get weights late by 60 to 1,800 s.
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
     relay ── does not answer, or serves bad bytes ──► set aside ─► learner ── after a while ──► relay again
 
-Announcements always come from the learner: they are small, and so a relay that lags behind, or is cut
-off, or lies, cannot hold a sampler back at an old version. Plans and objects, which are the traffic, go by the relay.
+Announcements always come from the learner: they are small, and so a relay that lags behind, or is cut off, or lies,
+cannot hold a sampler back at an old version. Plans and objects, which are the traffic, go by the relay.
 """
 
 import time

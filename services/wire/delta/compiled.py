@@ -24,13 +24,13 @@ LANES = 4
 """Items in a word of 64 bits."""
 
 SPARSE = 16
-"""Where more changes than one item in so many, other passes take longer than this."""
+"""The scan gives up once more than one item in this many has changed: other passes take most of the time then."""
 
 FLAGS = 4096
-"""So many words and their flags stay in a core's own cache."""
+"""Words per pass: these and their flags stay in a core's own cache."""
 
 ESCAPE = 255
-"""The gap byte that says "so many more, and the gap goes on"."""
+"""The gap byte that says "this many more, and the gap goes on"."""
 
 Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 

@@ -19,16 +19,16 @@ Rows = np.ndarray[tuple[int, int], np.dtype[np.uint64]]
 BLOCK = 512
 EXPONENTS = 256
 SCAN_ELEMENTS = 128 << 10
-"""The bytes and flags of so many elements stay in a core's own cache."""
+"""Elements per pass: their bytes and flags stay in a core's own cache."""
 
 FEW = 1 / 100
-"""Where at most so few elements lie below a limit, the limits below it are looked for among those few only."""
+"""A limit that at most this share of the elements lie below: the smaller limits are looked for among those few only."""
 SAMPLE_STRIDE = 127
 DENSE = 1 / 32
-"""From so many of all elements on, places are looked up in a list of all instead of found one by one."""
+"""From this share of all elements on, positions are looked up in a list of all instead of found one by one."""
 
 RANKED_AT_ONCE = 32 << 10
-"""The numbers about so many elements stay in the cache too."""
+"""Elements per pass of `ranks` and `positions`: the numbers about them stay in the cache too."""
 
 _WORD = np.uint64
 _BYTES = _WORD(0x0101_0101_0101_0101)

@@ -23,18 +23,18 @@ async def publish_history(shop: Shop, versions: int, changes: int = 200) -> list
     return history
 
 
-def road(base: str, target: str, size: int) -> PlanStep:
+def edge(base: str, target: str, size: int) -> PlanStep:
     kind = UpdateKind.DELTA if base else UpdateKind.KEYFRAME
     objects = (ObjectRef(object_id="0" * 64, size_bytes=size),)
     return PlanStep(kind=kind, base_root=base, target_root=target, target_version=0, objects=objects)
 
 
 def test_the_shortest_path_may_start_from_nothing() -> None:
-    roads = [road("", "a", 100), road("a", "b", 10), road("b", "c", 10), road("x", "c", 200), road("", "c", 115)]
-    assert [step.target_root for step in shortest_path(roads, "x", "c") or []] == ["c"]
-    assert size_of((shortest_path(roads, "x", "c") or [])[0]) == 115
-    assert [step.target_root for step in shortest_path(roads, "a", "c") or []] == ["b", "c"]
-    assert shortest_path(roads[1:3], "x", "c") is None
+    edges = [edge("", "a", 100), edge("a", "b", 10), edge("b", "c", 10), edge("x", "c", 200), edge("", "c", 115)]
+    assert [step.target_root for step in shortest_path(edges, "x", "c") or []] == ["c"]
+    assert size_of((shortest_path(edges, "x", "c") or [])[0]) == 115
+    assert [step.target_root for step in shortest_path(edges, "a", "c") or []] == ["b", "c"]
+    assert shortest_path(edges[1:3], "x", "c") is None
 
 
 async def test_one_version_behind_gets_that_delta_and_none_behind_gets_nothing(tmp_path: Path) -> None:
