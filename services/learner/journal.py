@@ -26,13 +26,13 @@ from services.wire.types import VerdictCode
 _T = TypeVar("_T")
 
 FUTURE_VERSION = "FUTURE_VERSION"
-"""Why groups of versions that a restored learner has not made yet leave the buffer."""
+"""Why groups leave the buffer that were drawn by versions which a restored learner has not made yet."""
 DAMAGED = "DAMAGED"
-"""Why groups do that whose bytes changed on the disk."""
+"""Why groups leave the buffer whose bytes changed on the disk."""
 OLDER_JOURNAL = "OLDER_JOURNAL"
-"""Why groups do that which wait in a journal older than the checkpoint: that one may have been trained on them."""
+"""Why groups leave it that wait in a journal older than the checkpoint, which may have been trained on them."""
 OTHER_SETTINGS = "OTHER_SETTINGS"
-"""Why groups do that which were drawn by settings that the run had before its learner was started again."""
+"""Why groups leave it that were drawn by the settings of before the learner was started again."""
 
 
 class Journal:
