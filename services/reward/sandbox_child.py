@@ -35,7 +35,8 @@ _CLONE = {
     "pids": 0x20000000,
     "net": 0x40000000,
 }
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC = 1, 2, 4, 8, 32, 4096, 16384
+_MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP = 1, 38, 24
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -87,9 +88,11 @@ def _own_root(interpreter: str) -> None:
         os.makedirs(inside if directory else os.path.dirname(inside), exist_ok=True)
         if not directory:
             os.close(os.open(inside, os.O_CREAT | os.O_WRONLY))
-        _mount(f"/proc/self/fd/{source}", inside, None, _MS_BIND)
+        # With what is mounted below (a container's init in /usr/sbin): the kernel shows no user what that covers.
+        _mount(f"/proc/self/fd/{source}", inside, None, _MS_BIND | _MS_REC)
         device = 0 if path in DEVICES else _MS_RDONLY | _MS_NODEV
-        _mount("none", inside, None, _MS_BIND | _MS_REMOUNT | _MS_NOSUID | device)
+        for place, kept in _mounts_at(inside):
+            _mount("none", place, None, _MS_BIND | _MS_REMOUNT | _MS_NOSUID | device | kept)
         os.close(source)
     for path in ("/tmp", "/proc", "/old"):
         os.makedirs(root + path, exist_ok=True)
@@ -102,6 +105,15 @@ def _own_root(interpreter: str) -> None:
     _call("umount2", b"/old", ctypes.c_int(_MNT_DETACH))
     os.rmdir("/old")
     _mount("none", "/", None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+
+
+def _mounts_at(path: str) -> list[tuple[str, int]]:
+    """What is mounted at `path` and below it, with the flag that a remount may not take away."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        rows = [line.split() for line in file]
+    found = [(os.fsdecode(row[4].decode("unicode_escape").encode("latin-1")), row[5].split(b",")) for row in rows]
+    inside = [(place, options) for place, options in found if place == path or place.startswith(path + "/")]
+    return [(place, _MS_NOEXEC if b"noexec" in options else 0) for place, options in inside]
 
 
 def _limit(job: dict[str, object]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import subprocess
 import sys
 import textwrap
 import time
@@ -275,3 +277,24 @@ def test_a_host_without_namespaces_is_a_failure_of_the_grader(monkeypatch: pytes
         attack("print(1)")
     weak = sandbox.SandboxLimits(cpu_s=1, wall_s=3.0, memory_bytes=256 << 20, rlimits_suffice=True)
     assert sandbox.run(sandbox.Program(source="print(1)"), weak).stdout == "1\n"
+
+
+def test_what_a_container_mounts_below_usr_is_no_obstacle_and_read_only(tmp_path: Path) -> None:
+    """As Docker's init in /usr/sbin: the kernel refuses an ordinary user's namespace a copy of /usr without it."""
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    source = "import os; print(os.listdir('/usr/share')); os.mkdir('/usr/share/made')"
+    runs = (
+        "from services.reward import sandbox\n"
+        f"print(sandbox.run(sandbox.Program(source={source!r}), sandbox.{LIMITS!r}))"
+    )
+    inner = shlex.join(["unshare", "--user", "--map-user=1000", "--map-group=1000", sys.executable, "-c", runs])
+    script = f"mount -o bind,noexec {mounted} /usr/share && {inner}"
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "stdout='[]\\n'" in done.stdout, done
+    assert "Read-only file system" in done.stdout
