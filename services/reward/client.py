@@ -18,6 +18,7 @@ from services.wire.errors import from_rpc_error
 CALL_BYTES = MESSAGE_BYTES // 2
 # More than the service grades of one completion, whatever characters it is made of: cutting here changes no score.
 COMPLETION_BYTES = 1 << 20
+_CHECK_S = 10.0
 
 
 class RewardClient:
@@ -36,16 +37,24 @@ class RewardClient:
         """
         if not requests:
             return []
-        calls = [self._call(message, graders) for message in _split(requests, graders)]
+        calls = [self._call(message, graders, self._timeout_s) for message in _split(requests, graders)]
         return [score for scores in await asyncio.gather(*calls) for score in scores]
+
+    async def check(self, graders: Sequence[GraderSpec]) -> None:
+        """Asks whether the service knows and allows these graders: ScoreError where it does not. Raises what else
+        `score_group` raises, within _CHECK_S."""
+        nothing = reward_pb2.ScoreGroupRequest(graders=messages.to_graders(graders))
+        await self._call(nothing, graders, min(_CHECK_S, self._timeout_s))
 
     async def close(self) -> None:
         """Ends calls in flight."""
         await self._channel.close()
 
-    async def _call(self, message: reward_pb2.ScoreGroupRequest, graders: Sequence[GraderSpec]) -> list[Score]:
+    async def _call(
+        self, message: reward_pb2.ScoreGroupRequest, graders: Sequence[GraderSpec], timeout_s: float
+    ) -> list[Score]:
         try:
-            response = await self._stub.ScoreGroup(message, timeout=self._timeout_s)
+            response = await self._stub.ScoreGroup(message, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
         if len(response.scores) != len(message.completions):

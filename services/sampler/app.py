@@ -38,7 +38,7 @@ from services.sampler.prompts import PromptCodec
 from services.sampler.reward_child import RewardChild
 from services.sampler.rollout import Rollout, limits_for
 from services.sampler.run_files import fetch_model_files
-from services.sampler.scoring import GroupScorer, check_allowed, reward_graders
+from services.sampler.scoring import GroupScorer, check_allowed, check_served, reward_graders
 from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.sampler.submitter import Submitter
@@ -163,8 +163,11 @@ class _Sampler:
         self._process.ready(f"waiting for the learner at {self._links.learner}")
         if not await self._unless_drained(session.register()):
             return
-        if not config.reward.address:
-            check_allowed(reward_graders(session.settings.graders), config.reward)
+        graders, reward_service = reward_graders(session.settings.graders), config.reward.address
+        if not reward_service:
+            check_allowed(graders, config.reward)
+        elif not await self._unless_drained(check_served(graders, scorer, reward_service)):
+            return
         stack.push_async_callback(self._engine.close)
         await self._work(session, spool, scorer, health, vitals)
 

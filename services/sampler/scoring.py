@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from services.reward.client import RewardClient
 from services.reward.graders import Permissions, build
 from services.reward.scorer import Score, Scorer, ScoreRequest, Status
 from services.reward.spec import GraderSpec
 from services.runtime.backoff import Backoff
 from services.runtime.errors import ConfigError, EngineError, ExhaustedError, ScoreError, UnavailableError
+from services.runtime.log import get_logger
 from services.sampler.config import RewardSection
 from services.wire import types as t
+
+_log = get_logger("sampler.scoring")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,20 @@ def check_allowed(graders: Sequence[GraderSpec], settings: RewardSection) -> Non
         raise ConfigError(
             f"this sampler cannot score for this run: {error} Here that is reward.allow_code, reward.allow_python"
         ) from error
+
+
+async def check_served(graders: Sequence[GraderSpec], client: RewardClient, address: str) -> None:
+    """As check_allowed, for the reward service at `address`, which has its own permissions and may be of another
+    release. One that does not answer yet is asked with each group."""
+    try:
+        await client.check(graders)
+    except ScoreError as error:
+        raise ConfigError(
+            f"this sampler cannot score for this run: {error} So says the reward service at {address}: start it again "
+            "with what it must allow; if it is of another release, with this one"
+        ) from error
+    except (UnavailableError, ExhaustedError, EngineError) as error:
+        _log.warning("graders_not_checked", reward=address, error=error)
 
 
 class GroupScorer:

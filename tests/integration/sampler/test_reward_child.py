@@ -7,9 +7,10 @@ import pytest
 from services.reward.client import RewardClient
 from services.reward.scorer import ScoreRequest, Status
 from services.reward.spec import GraderSpec
-from services.runtime.errors import ScoreError
+from services.runtime.errors import ConfigError, ScoreError
 from services.sampler.config import RewardSection
 from services.sampler.reward_child import RewardChild
+from services.sampler.scoring import check_served
 from services.sampler.tally import Tally
 
 GRADERS = "tests.integration.reward.graders_of_tests"
@@ -40,6 +41,28 @@ async def test_a_child_calls_no_functions_and_runs_no_programs_unless_it_is_allo
             await client.score_group([request("abc")], [LENGTH])
         with pytest.raises(ScoreError, match="--allow-code"):
             await client.score_group([request("def add(a, b): return a + b", ADD)], [CODE])
+
+
+@pytest.mark.parametrize(
+    "grader", [CODE, LENGTH, GraderSpec(name="newer"), GraderSpec(name="exact", options={"newer": 1})]
+)
+async def test_graders_that_a_reward_service_refuses_are_found_out_at_the_start(
+    tmp_path: Path, grader: GraderSpec
+) -> None:
+    """Found out group by group, every prompt would count as one with a bad reference answer."""
+    async with scoring(tmp_path, RewardSection()) as client:
+        await check_served([GraderSpec(name="math")], client, "unix:///r.sock")
+        with pytest.raises(ConfigError, match=r"cannot score for this run: .* So says the reward service at unix:///r"):
+            await check_served([grader], client, "unix:///r.sock")
+
+
+async def test_a_reward_service_that_does_not_answer_yet_is_asked_with_each_group(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = RewardClient(f"unix://{tmp_path}/none.sock", timeout_s=0.2)
+    await check_served([CODE], client, "unix:///none.sock")
+    await client.close()
+    assert "graders_not_checked" in caplog.text
 
 
 async def test_a_child_calls_functions_of_allowed_modules_and_runs_programs_in_its_sandbox(tmp_path: Path) -> None:
