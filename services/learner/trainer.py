@@ -114,7 +114,10 @@ class Trainer:
         try:
             prepared = prepare(batch.loss_inputs, self._settings.loss).to(device)
         except ValueError as error:
-            raise ConfigError(f"this run's groups do not fit [loss]: {error}") from None
+            raise ConfigError(
+                f"this run's groups do not fit [loss]: {error}. Set another [loss]; or mend the reward, and move "
+                "journal.sqlite3* out of run.state_dir, since it keeps what the old one scored"
+            ) from None
         self.optimizer.zero_grad(set_to_none=True)
         partials: list[PartialMetrics] = []
         gaps: list[tuple[Tensor, RowGaps]] = []
