@@ -10,6 +10,7 @@ command goes on from there.
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -87,14 +88,16 @@ async def run_learner(process: Process, config: LearnerConfig, inputs: Inputs) -
         drain = asyncio.Event()
         loop = RunLoop(parts)
         collector = LoopCollector(lambda: metrics_of(learner.observed.status()), asyncio.get_running_loop())
-        async with server.serving(_services(config, learner, drain), plane.sessions, drain):
+        async with AsyncExitStack() as ports:
+            # Before anybody is served: a port in use ends the start, and no run that has begun.
+            scraped = ports.enter_context(metrics_served(config.listen.metrics_address, collector))
+            await ports.enter_async_context(server.serving(_services(config, learner, drain), plane.sessions, drain))
             atomic_write(state_dir / ADDRESS_NAME, f"{server.address}\n".encode())
+            if scraped is not None:
+                atomic_write(state_dir / METRICS_ADDRESS_NAME, f"{scraped}\n".encode())
             process.say(f"learner listens on {server.address}")
             process.ready(f"serving run {config.run.id} on {server.address}")
-            with metrics_served(config.listen.metrics_address, collector) as scraped:
-                if scraped is not None:
-                    atomic_write(state_dir / METRICS_ADDRESS_NAME, f"{scraped}\n".encode())
-                await loop.run()
+            await loop.run()
             state.switch(Activity.FINISH)
             if loop.finished or parts.control.asked:
                 final_root = parts.publisher.latest.version.root

@@ -128,6 +128,16 @@ def test_a_port_in_use_is_named(folder: Path):
     assert "in use" in sentence
 
 
+def test_a_metrics_port_in_use_is_named_before_anybody_is_served(folder: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = heterorl(folder, "learner", "-c", "run.toml", f"--listen.metrics_address=127.0.0.1:{port}")
+    assert f"port {port} on 127.0.0.1 (metrics) is in use" in sentence_of(done, 69)
+    assert "listens" not in done.stdout
+
+
 def test_insecure_is_refused_on_an_address_that_others_can_reach(folder: Path):
     sentence = sentence_of(heterorl(folder, "learner", "-c", "run.toml", "--listen.address=0.0.0.0:0"), 77)
     assert "loopback" in sentence
