@@ -17,7 +17,7 @@ from services.wire.errors import from_rpc_error
 
 CALL_BYTES = MESSAGE_BYTES // 2
 # More than the service grades of one completion, whatever characters it is made of: cutting here changes no score.
-COMPLETION_BYTES = 1 << 20
+COMPLETION_BYTES = CALL_BYTES
 _CHECK_S = 10.0
 
 

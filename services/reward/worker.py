@@ -41,7 +41,7 @@ class Limits:
     """Seconds by the clock, for a worker that waits instead of computing."""
     memory_bytes: int = 1 << 30
     """Address space of a worker; the interpreter with its algebra system takes about 0.25 GiB of it."""
-    completion_chars: int = 200_000
+    completion_chars: int = 500_000
     """A longer completion has reward 0 and is not graded."""
     items_per_worker: int = 5_000
     """Completions after which a worker is replaced, because parsers keep caches that only grow."""

@@ -67,7 +67,7 @@ async def test_a_group_comes_back_as_the_pool_scores_it(client: RewardClient) ->
 
 
 async def test_hostile_text_passes_through_the_wire(client: RewardClient) -> None:
-    hostile = ["7", "\ud800 7", "\x00", "9" * 10_000_000, "\U0001f600" * 300_000, "\\boxed{10^{10^{10}}}"]
+    hostile = ["7", "\ud800 7", "\x00", "9" * 10_000_000, "\U0001f600" * 550_000, "\\boxed{10^{10^{10}}}"]
     scores = await client.score_group(requests("7", *hostile), MATH)
     assert [one.reward for one in scores] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert "longer than" in scores[3].reason

@@ -9,6 +9,7 @@ from services.reward.graders.guard import balanced, too_big
 from services.reward.graders.numerals import numbers
 from services.reward.graders.quantity import read_quantity
 from services.reward.graders.units import is_unit
+from services.reward.worker import Limits
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_brackets_are_counted_without_the_escaped_ones(text: str, expected: bool
     ],
 )
 def test_extraction_is_fast_on_long_repetitions(piece: str) -> None:
-    text = piece * (200_000 // len(piece))
+    text = piece * (Limits().completion_chars // len(piece))
     started = time.process_time()
     boxes(text), hash_answer(text), phrase_answer(text), numbers(text), clean(text), read_quantity(clean(text))
     is_unit(text[:400] + "!", glued=True)
