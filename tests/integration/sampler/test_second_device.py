@@ -1,10 +1,13 @@
 """Drawing on a device beside the CPU: no tensor is on the wrong side, and the tokens are the same."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from services.lab.tiny_policy import PolicyShape, character_tokenizer, save_policy, tiny_model
 from services.sampler.engine import Drawn
@@ -15,6 +18,7 @@ from services.wire.torch_bits import to_bits
 from tests.support.engine_conformance import PROMPT, asking
 from tests.support.second_device import SECOND, move, on_second_device
 
+CPU = torch.device("cpu")
 ASKED = (
     asking(completions=3, tokens=9),
     asking(PROMPT[:3], completions=2, seed=2, temperature=0.6, top_p=0.8),
@@ -34,8 +38,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw_all(directory: Path, device: torch.device) -> list[Sequence[Drawn | None]]:
     """New weights, then three requests, the last of which is admitted while the others are drawn."""
     with on_second_device(), torch.no_grad():
-        model = build_model(directory, torch.device("cpu"), torch.float32)
-        weights = to_bits({name: 2 * tensor for name, tensor in model.state_dict().items()}, None)
+        model = build_model(directory, CPU, torch.float32)
+        weights = to_bits(load_file(directory / "model.safetensors"), None)
         if device == SECOND:
             move(model)
         copy_into_model(pair_tensors(model, weights))
@@ -53,6 +57,9 @@ def draw_all(directory: Path, device: torch.device) -> list[Sequence[Drawn | Non
 
 
 def test_what_is_drawn_there_is_what_the_cpu_draws(directory: Path) -> None:
-    here, there = draw_all(directory, torch.device("cpu")), draw_all(directory, SECOND)
-    assert all(drawn is not None for results in here for drawn in results)
-    assert there == here
+    here, there = ([each for results in draw_all(directory, device) for each in results] for device in (CPU, SECOND))
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert all(map(math.isfinite, ours.logprobs))
+        assert theirs == replace(ours, logprobs=pytest.approx(ours.logprobs, abs=1e-5))
