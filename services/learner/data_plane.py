@@ -196,7 +196,6 @@ class DataPlane:
     def state(self, step: int) -> dict[str, int | str]:
         """What a checkpoint after `step` keeps of the data side; the journal holds everything else."""
         return {
-            "format": 1,
             "step": step,
             "version": self.versions.current,
             "root": self.versions.current_root,

@@ -171,11 +171,13 @@ class Journal:
             )
             dropped = connection.execute(
                 # By an index: a scan would read all payloads' pages, minutes of a large journal at each start.
+                # An answer of a version that does not exist any more counts for none.
                 "SELECT lease_number, id FROM groups WHERE purpose = 1 AND verdict = 1 "
                 "AND reason = '' AND dropped_reason > '' AND dropped_step > ? AND NOT EXISTS (SELECT 1 FROM groups "
                 "AS later WHERE later.verdict = 1 AND later.purpose = 1 AND later.dropped_reason IS NULL "
-                "AND later.lease_number = groups.lease_number) ORDER BY id",
-                (step,),
+                "AND later.lease_number = groups.lease_number AND later.policy_version <= ?) "
+                "ORDER BY policy_version <= ?, id",
+                (step, version, version),
             )
             connection.executemany(
                 "UPDATE groups SET dropped_step = NULL, dropped_reason = NULL WHERE id = ?",

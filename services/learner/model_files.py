@@ -21,7 +21,6 @@ _FILES = (
     *_TOKENIZER_FILES,
 )
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_KEPT_IN_LFS = (".safetensors", ".json", ".model")
 
 
 def read_model_files(directory: Path) -> dict[str, bytes]:
@@ -56,9 +55,10 @@ def read_model_files(directory: Path) -> dict[str, bytes]:
 
 
 def _check_no_pointers(directory: Path) -> None:
-    """Of a clone without Git LFS: torch and transformers call such files damaged."""
-    for path in sorted(directory.iterdir()):
-        if path.suffix in _KEPT_IN_LFS and path.is_file():
+    """Of a clone without Git LFS: torch and transformers call such files damaged. Files that nobody reads, such as
+    consolidated.safetensors, may stay pointers."""
+    for path in sorted({*directory.glob("model*.safetensors*"), *(directory / name for name in _FILES)}):
+        if path.is_file():
             with path.open("rb") as file:
                 if file.read(len(_POINTER)) == _POINTER:
                     raise InputMissingError(

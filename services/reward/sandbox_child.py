@@ -9,6 +9,7 @@ What it does not protect from is listed in docs/rewards.md. argv[1]: descriptor 
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -91,8 +92,12 @@ def _own_root(interpreter: str) -> None:
         # With what is mounted below (a container's init in /usr/sbin): the kernel shows no user what that covers.
         _mount(f"/proc/self/fd/{source}", inside, None, _MS_BIND | _MS_REC)
         device = 0 if path in DEVICES else _MS_RDONLY | _MS_NODEV
-        for place, kept in _mounts_at(inside):
-            _mount("none", place, None, _MS_BIND | _MS_REMOUNT | _MS_NOSUID | device | kept)
+        for place, kept in _mounts_at(inside).items():
+            try:
+                _mount("none", place, None, _MS_BIND | _MS_REMOUNT | _MS_NOSUID | device | kept)
+            except OSError as error:
+                if place == inside or error.errno not in (errno.ENOENT, errno.EINVAL):
+                    raise  # those two: another mount covers it, no path leads there
         os.close(source)
     for path in ("/tmp", "/proc", "/old"):
         os.makedirs(root + path, exist_ok=True)
@@ -107,13 +112,14 @@ def _own_root(interpreter: str) -> None:
     _mount("none", "/", None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
 
 
-def _mounts_at(path: str) -> list[tuple[str, int]]:
-    """What is mounted at `path` and below it, with the flag that a remount may not take away."""
+def _mounts_at(path: str) -> dict[str, int]:
+    """What is mounted at `path` and below it, with the flag that a remount may not take away. Of several at one place
+    the uppermost, which the kernel names last."""
     with open("/proc/self/mountinfo", "rb") as file:
         rows = [line.split() for line in file]
     found = [(os.fsdecode(row[4].decode("unicode_escape").encode("latin-1")), row[5].split(b",")) for row in rows]
     inside = [(place, options) for place, options in found if place == path or place.startswith(path + "/")]
-    return [(place, _MS_NOEXEC if b"noexec" in options else 0) for place, options in inside]
+    return {place: _MS_NOEXEC if b"noexec" in options else 0 for place, options in inside}
 
 
 def _limit(job: dict[str, object]) -> None:

@@ -133,13 +133,13 @@ class SpoolFile:
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
             if (written := db.execute("PRAGMA user_version").fetchone()[0]) not in (0, _FORMAT):
                 raise ConfigError(
                     f"spool {self._path} has format {written}, this release reads {_FORMAT}: start the release that "
                     "wrote it, or move the file away with the groups that wait in it"
                 )
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
             if written == 0:
                 with db:
                     db.executescript("BEGIN;" + _SCHEMA)

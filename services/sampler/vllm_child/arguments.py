@@ -23,6 +23,11 @@ def resolved_dtype(settings: EngineSection, device: str) -> str:
 def engine_arguments(settings: EngineSection, device: str) -> dict[str, object]:
     """EngineArgs by name, without the model. Raises ConfigError."""
     own = settings.vllm
+    if settings.device.startswith("cuda:") and own.tensor_parallel_size > 1:
+        raise ConfigError(
+            f'engine.device is "{settings.device}", one GPU, and engine.vllm.tensor_parallel_size'
+            f" {own.tensor_parallel_size}: set engine.device to auto, and choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
     arguments: dict[str, object] = {
         "dtype": resolved_dtype(settings, device),
         "max_num_seqs": settings.max_batch_rows,

@@ -89,6 +89,11 @@ def test_files_that_git_lfs_has_yet_to_fetch_are_told_apart_from_damaged_ones(co
         read_model_files(copy)
 
 
+def test_a_pointer_in_the_place_of_a_file_that_nobody_reads_is_no_obstacle(copy: Path) -> None:
+    (copy / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 988097824\n")
+    assert "config.json" in read_model_files(copy)
+
+
 def test_missing_tensors_are_refused_instead_of_made_up(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.norm.weight"]

@@ -283,13 +283,17 @@ def test_what_a_container_mounts_below_usr_is_no_obstacle_and_read_only(tmp_path
     """As Docker's init in /usr/sbin: the kernel refuses an ordinary user's namespace a copy of /usr without it."""
     mounted = tmp_path / "mounted"
     mounted.mkdir()
+    empty = tmp_path / "empty"
+    empty.mkdir()
     source = "import os; print(os.listdir('/usr/share')); os.mkdir('/usr/share/made')"
     runs = (
         "from services.reward import sandbox\n"
         f"print(sandbox.run(sandbox.Program(source={source!r}), sandbox.{LIMITS!r}))"
     )
     inner = shlex.join(["unshare", "--user", "--map-user=1000", "--map-group=1000", sys.executable, "-c", runs])
-    script = f"mount -o bind,noexec {mounted} /usr/share && {inner}"
+    # The second covers what the first two made: it is named among the mounts, and no path leads there.
+    covered = f"mount -o bind,noexec {mounted} /usr/share && mount -t tmpfs none /usr/share/man"
+    script = f"mkdir {mounted}/man && {covered} && mount -o bind {empty} /usr/share && {inner}"
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
         capture_output=True,

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from services.runtime.errors import ConfigError, EngineError, InputMissingError
 from services.sampler import running_batch
 from services.sampler.engine import Engine
 from services.sampler.engine_transformers import TransformersEngine
-from services.sampler.running_batch import RunningBatch
+from services.sampler.running_batch import Row, RunningBatch
 from services.wire.delta import BitTensor, root_of
 from services.wire.torch_bits import to_bits
 from tests.support.engine_conformance import EngineConformance, StartEngine, TinyPolicy, asking, other_weights
@@ -82,10 +82,21 @@ async def test_running_out_of_memory_while_cancelled_rows_are_cut_out_fails_the_
             raise error
         drop_cancelled(batch)
 
+    loop, both_admitted, rows_admitted = asyncio.get_running_loop(), asyncio.Event(), 0
+    admit = RunningBatch.admit
+
+    def counting(batch: RunningBatch, rows: Sequence[Row]) -> None:
+        nonlocal rows_admitted
+        admit(batch, rows)
+        rows_admitted += len(rows)
+        if rows_admitted == 32:
+            loop.call_soon_threadsafe(both_admitted.set)
+
     monkeypatch.setattr(RunningBatch, "drop_cancelled", failing)
+    monkeypatch.setattr(RunningBatch, "admit", counting)
     others = asyncio.create_task(engine.generate(asking(seed=2, completions=16, tokens=50)))
     cancelled = asyncio.create_task(engine.generate(asking(completions=16, tokens=50)))
-    await asyncio.sleep(0.01)
+    await asyncio.wait_for(both_admitted.wait(), 20)
     cancelled.cancel()
     async with asyncio.timeout(20):
         with pytest.raises(EngineError, match="no room"):

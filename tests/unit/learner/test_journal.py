@@ -172,6 +172,21 @@ async def test_a_rewind_brings_one_group_of_a_prompt_back_the_last_that_was_draw
     await journal.close()
 
 
+async def test_a_rewind_counts_no_answer_of_a_version_that_is_gone(tmp_path: Path) -> None:
+    journal, _ = await opened(tmp_path)
+    old, _ = await journal.commit([group_row(0, lease_number=1), group_row(1, lease_number=1, policy_version=2)], [])
+    await journal.mark_dropped([(old, "STALE_IN_BUFFER")], 2)
+    await journal.rewind_to(1, 1)
+    assert await pending_ids(journal) == [old]
+    assert journal.tally.dropped == {"FUTURE_VERSION": 1}
+    await journal.mark_dropped([(old, "STALE_IN_BUFFER")], 2)
+    (newer,) = await journal.commit([group_row(2, lease_number=1, policy_version=3)], [])
+    await journal.mark_dropped([(newer, "STALE_IN_BUFFER")], 3)
+    await journal.rewind_to(1, 1)
+    assert await pending_ids(journal) == [old]
+    await journal.close()
+
+
 async def test_answered_prompts_are_those_whose_group_still_counts(tmp_path: Path) -> None:
     journal, _ = await opened(tmp_path)
     ids = await journal.commit(

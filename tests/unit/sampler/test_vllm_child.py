@@ -105,6 +105,11 @@ def test_arguments_that_vllm_may_not_be_given_are_refused(text: str) -> None:
         engine_arguments(EngineSection(vllm=VllmSection(arguments=text)), "cpu")
 
 
+def test_one_gpu_does_not_hold_a_model_spread_over_two() -> None:
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        engine_arguments(EngineSection(device="cuda:1", vllm=VllmSection(tensor_parallel_size=2)), "cuda")
+
+
 def test_the_host_decides_on_its_environment_except_for_what_the_engine_needs(tmp_path: Path) -> None:
     ours = {"VLLM_CACHE_ROOT": "/var/cache", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     made = environment(EngineSection(threads=3, device="cuda:2"), tmp_path, ours)
