@@ -9,6 +9,7 @@ Errors ──► Access ──► handler
 from __future__ import annotations  # gRPC types take parameters in their stubs only
 
 import abc
+import asyncio
 import contextlib
 import inspect
 from collections import Counter
@@ -46,6 +47,9 @@ HEALTH_RULES: AccessRules = {
 MOST_CALLS = 320
 """Calls that one identity may have open. A sampler with all its 16 channels full has 16 calls on each, and some on its
 control channel; each that is not read holds up to 2 MiB here."""
+
+_GOING_S = 1.0
+"""A write to a peer that goes fails a moment before gRPC knows that it has gone, and cancels the call."""
 
 _MAKERS = {  # (requests stream, responses stream)
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -163,6 +167,8 @@ async def _mapped(context: Context, method: str) -> AsyncGenerator[None]:
     except grpc.aio.AbortError:
         raise
     except Exception as error:  # the end of a call: nothing above could do better
+        if isinstance(error, grpc.aio.InternalError):
+            await asyncio.sleep(_GOING_S)
         if context.done():
             _log.info("call_left", method=method, peer=context.peer(), reason=type(error).__name__)
             raise grpc.aio.AbortError from error

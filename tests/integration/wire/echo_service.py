@@ -65,6 +65,8 @@ class Echo:
     async def written(self, request: bytes, context: grpc.aio.ServicerContext) -> None:
         await context.write(request)
         self.act(request)
+        while request == b"endless":
+            await context.write(bytes(64 << 10))
         await context.write(request)
 
     def handler(self) -> grpc.GenericRpcHandler:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
+from services.lab.wan import LinkProfile, WanLink
 from services.runtime.errors import ExhaustedError, FencedError, HeteroRLError, MismatchError, RefusedError
 from services.runtime.log import JsonLines
 from services.wire import interceptors
@@ -17,6 +18,7 @@ from services.wire.identity import Identity, Role
 from tests.integration.wire.echo_service import (
     BOTH,
     CLIENT_STREAM,
+    LOOPBACK,
     SERVER_STREAM,
     UNARY,
     UNLISTED,
@@ -167,3 +169,21 @@ async def test_a_client_that_leaves_runs_the_handlers_clean_up_and_logs_no_fault
         async with asyncio.timeout(10):
             await echo.closed.wait()
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_links_that_break_while_an_answer_is_written_are_no_fault_of_the_server(
+    caplog: pytest.LogCaptureFixture,
+):
+    """One write in twenty fails before gRPC says that its peer has gone."""
+    async with serving(Echo()) as address, WanLink(LOOPBACK, address, LinkProfile(rate_bit_s=1e9)) as link:
+        for _ in range(15):
+            async with open_channel(link.address, None, "bulk", SAMPLER) as channel:
+                streams = [channel.unary_stream(WRITTEN)(b"endless") for _ in range(10)]
+                for stream in streams:
+                    assert await stream.read() == b"endless"
+                link.reset()
+                for stream in streams:
+                    with pytest.raises(grpc.aio.AioRpcError):
+                        while await stream.read() is not grpc.aio.EOF:
+                            pass
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
