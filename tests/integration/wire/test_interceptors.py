@@ -50,6 +50,11 @@ async def call(channel: grpc.aio.Channel, method: str, request: bytes = b"x") ->
         raise from_rpc_error(error) from error
 
 
+async def read_all(stream: grpc.aio.UnaryStreamCall[bytes, bytes]) -> None:
+    while await stream.read() is not grpc.aio.EOF:
+        pass
+
+
 async def call_insecurely(echo: Echo, method: str, identity: Identity | None = SAMPLER, **access) -> list[bytes]:
     async with serving(echo, **access) as address, open_channel(address, None, "control", identity) as channel:
         return await call(channel, method)
@@ -184,6 +189,5 @@ async def test_links_that_break_while_an_answer_is_written_are_no_fault_of_the_s
                 link.reset()
                 for stream in streams:
                     with pytest.raises(grpc.aio.AioRpcError):
-                        while await stream.read() is not grpc.aio.EOF:
-                            pass
+                        await read_all(stream)
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
