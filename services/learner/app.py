@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -52,7 +53,7 @@ from services.runtime.metrics import LoopCollector, metrics_served
 from services.wire.convert import model_files_sha256
 from services.wire.expiry import tell_of_expiry
 from services.wire.signing import ManifestSigner
-from services.wire.types import RunSettings
+from services.wire.types import ROOT_IN_LAST_PART, RunSettings
 
 ADDRESS_NAME = "address"
 METRICS_ADDRESS_NAME = "metrics_address"
@@ -144,6 +145,7 @@ async def assemble(process: Process, config: LearnerConfig, inputs: Inputs, stat
         ),
         signer=signer,
         settings=config.publish,
+        root_last=partial(plane.sessions.all_can, ROOT_IN_LAST_PART),
     )
     traffic = Traffic(config.publish.max_mbit_s)
     parts = LoopParts(

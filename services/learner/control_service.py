@@ -22,7 +22,7 @@ from services.wire.convert import (
 )
 from services.wire.identity import require_id
 from services.wire.interceptors import CallFacts, require_peer_id
-from services.wire.types import PROTOCOL_VERSION, Directive, RunSettings, Session
+from services.wire.types import FEATURES, PROTOCOL_VERSION, Directive, RunSettings, Session
 
 _log = get_logger("learner.control")
 
@@ -71,6 +71,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             engine=from_engine(request.engine) if request.HasField("engine") else None,
             spool_id=request.spool_id,
             last_run_id=request.last_run_id,
+            features=FEATURES.intersection(request.features),
         )
         self._plane.leases.replace_session(request.sampler_id)
         _log.info(

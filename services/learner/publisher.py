@@ -24,7 +24,7 @@ from services.runtime.log import get_logger
 from services.wire.convert import encode_manifest
 from services.wire.delta import UpdateInfo, Weights, compiled, iter_encode, root_of
 from services.wire.delta.codec import Comparison
-from services.wire.delta.part import parse_part
+from services.wire.delta.part import read_info
 from services.wire.delta.update import merge_infos
 from services.wire.signing import ManifestSigner
 from services.wire.types import Manifest, ObjectRef, PlanStep, SignedManifest, UpdateKind
@@ -83,7 +83,8 @@ class Published:
 
 
 class Publisher:
-    """Owns the baseline and the announcement. One `publish` at a time."""
+    """Owns the baseline and the announcement. One `publish` at a time. `root_last`: whether everybody can read updates
+    of which only the last part names the target root: the first part is there sooner then."""
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class Publisher:
         facts: RunFacts,
         signer: ManifestSigner | None,
         settings: PublishSection,
+        root_last: Callable[[], bool] = lambda: False,
         unix_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._store = store
@@ -100,6 +102,7 @@ class Publisher:
         self._facts = facts
         self._signer = signer
         self._settings = settings
+        self._root_last = root_last
         self._unix_ms = unix_ms
         self._encoder = ThreadPoolExecutor(1, "publish", initializer=_give_way)
         self._latest: Snapshot | None = None
@@ -130,7 +133,7 @@ class Publisher:
 
         try:
             row, published, store_s = await loop.run_in_executor(
-                self._encoder, self._make, version, weights, comparison, tell
+                self._encoder, self._make, version, weights, comparison, self._root_last(), tell
             )
         except BaseException:
             self._tell(None)
@@ -196,6 +199,7 @@ class Publisher:
         number: int,
         weights: Weights,
         comparison: Comparison | None,
+        root_last: bool,
         tell: Callable[[PlanStep], None],
     ) -> tuple[Version, Manifest, float]:
         """Encodes, stores, writes the row; the seconds that storing took. `tell` hears of each part. Blocks."""
@@ -203,19 +207,18 @@ class Publisher:
         hit("publish.before_objects")
         infos: list[UpdateInfo] = []
         refs: list[ObjectRef] = []
-        store_s = 0.0
-        same = False
+        store_s, changed = 0.0, 0
         with ThreadPoolExecutor(1, "sync") as syncing:
             durable: list[Future[None]] = []
-            for part in self._encode(base, number, weights, comparison):
-                infos.append(parse_part(part).info)
+            for part in self._encode(base, number, weights, comparison, root_last):
+                infos.append(read_info(part))
+                changed += infos[-1].changed
                 began = time.perf_counter()
                 refs.append(self._store.write(part))
                 durable.append(syncing.submit(self._store.sync, refs[-1]))
                 store_s += time.perf_counter() - began
-                same = base is not None and base.version.root == infos[0].target_root
-                if not same:
-                    tell(_step(infos[0], number, refs))
+                if base is None or changed:
+                    tell(_step(infos[-1], number, refs))
             began = time.perf_counter()
             for one in durable:
                 one.result()
@@ -224,6 +227,7 @@ class Publisher:
         hit("publish.after_objects")
         update = _step(info, number, refs)
         manifest = self._manifest(number, info.target_root, info.base_root or "", weights, info.changed, info.bytes)
+        same = base is not None and base.version.root == info.target_root
         row = Version(manifest=self._signed(manifest), update=None if same else update)
         began = time.perf_counter()
         self._versions.write(row)
@@ -232,7 +236,7 @@ class Publisher:
         return row, manifest, store_s
 
     def _encode(
-        self, base: Snapshot | None, number: int, weights: Weights, comparison: Comparison | None
+        self, base: Snapshot | None, number: int, weights: Weights, comparison: Comparison | None, root_last: bool
     ) -> Iterator[bytes]:
         if base is None:
             return iter_encode(
@@ -252,6 +256,7 @@ class Publisher:
             codec=self._settings.codec,
             workers=self._settings.workers,
             comparison=comparison if comparison is not None and comparison.base is base.weights else None,
+            root_last=root_last,
         )
 
     def _adopt(self, number: int, weights: Weights, root: str) -> Version:

@@ -34,6 +34,8 @@ class Sampler:
     session_epoch: int = 0
     hostname: str = ""
     engine: EngineInfo | None = None
+    features: frozenset[str] = frozenset()
+    """What it said that it can, of what this build knows."""
     foreign_spool: str = ""
     """A spool that was filled for another run: never accepted."""
     last_seen: float = float("-inf")
@@ -83,6 +85,7 @@ class Sessions:
         engine: EngineInfo | None = None,
         spool_id: str = "",
         last_run_id: str = "",
+        features: frozenset[str] = frozenset(),
     ) -> Session:
         """Opens a session and fences every earlier one of this id. Raises RefusedError for an evicted id."""
         self._refuse_denied(sampler_id)
@@ -93,6 +96,7 @@ class Sessions:
             sampler.session_epoch = epoch
             sampler.hostname = hostname
             sampler.engine = engine
+            sampler.features = features
             sampler.foreign_spool = spool_id if last_run_id not in ("", self.run_id) else ""
             sampler.last_seen = self._clock()
             sampler.report = None
@@ -152,6 +156,11 @@ class Sessions:
 
     def alive_count(self) -> int:
         return sum(not self.is_lost(sampler) for sampler in self._samplers.values())
+
+    def all_can(self, feature: str) -> bool:
+        """Whether there are samplers, and none that was made before this feature."""
+        alive = [sampler for sampler in self._samplers.values() if not self.is_lost(sampler)]
+        return bool(alive) and all(feature in sampler.features for sampler in alive)
 
     def state(self, sampler: Sampler) -> SamplerState:
         """Its own report, overruled by what only the learner can know."""

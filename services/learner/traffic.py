@@ -4,11 +4,13 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 _REMEMBERED = 4096
 """Objects and versions that are remembered of a receiver; a keyframe of 100 GB has some 1,600 objects."""
-
-
 _MOST_RECEIVERS = 1024
 """Receivers that are known by name; those that asked for nothing for longest are counted together under "", which is no
 name: a cloud's hosts come and go under ever new ones."""
@@ -21,10 +23,10 @@ class Receiver:
     bytes_sent: int = 0
     versions_fetched: int = 0
     bytes_full: int = 0
-    planned: dict[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
-    """Object -> (target root, full bytes) of the newest plans: one that is fetched may not be the last one."""
-    counted: dict[str, None] = field(default_factory=dict[str, None])
-    """Roots that were counted as fetched, oldest first."""
+    planned: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """Object -> (target version, full bytes) of the newest plans: one that is fetched may not be the last one."""
+    counted: dict[int, None] = field(default_factory=dict[int, None])
+    """Versions that were counted as fetched, oldest first."""
     free_at_s: float = 0.0
     """When the link's budget allows the next byte."""
 
@@ -56,12 +58,12 @@ class Traffic:
             others.versions_fetched += gone.versions_fetched
             others.bytes_full += gone.bytes_full
 
-    def planned(self, name: str, root: str, object_ids: Iterable[str], full_bytes: int) -> None:
+    def planned(self, name: str, version: int, object_ids: Iterable[str], full_bytes: int) -> None:
         """Notes what a receiver was told to fetch, to count a version when the first of it is fetched."""
         planned = self.of(name).planned
         for object_id in object_ids:
             planned.pop(object_id, None)  # to the end: what was planned longest ago is forgotten first
-            planned[object_id] = (root, full_bytes)
+            planned[object_id] = (version, full_bytes)
         _forget_oldest(planned)
 
     def companions(self, object_ids: Collection[str]) -> set[str]:
@@ -70,8 +72,8 @@ class Traffic:
         found: set[str] = set()
         for receiver in self._receivers.values():
             planned = receiver.planned
-            roots = {planned[object_id][0] for object_id in object_ids if object_id in planned}
-            found.update(object_id for object_id, (root, _) in planned.items() if root in roots)
+            versions = {planned[object_id][0] for object_id in object_ids if object_id in planned}
+            found.update(object_id for object_id, (version, _) in planned.items() if version in versions)
         return found
 
     def opened(self, name: str, object_id: str) -> bool:
@@ -80,9 +82,9 @@ class Traffic:
         plan = receiver.planned.get(object_id)
         if plan is None:
             return False
-        root, full_bytes = plan
-        if root not in receiver.counted:
-            receiver.counted[root] = None
+        version, full_bytes = plan
+        if version not in receiver.counted:
+            receiver.counted[version] = None
             _forget_oldest(receiver.counted)
             receiver.versions_fetched += 1
             receiver.bytes_full += full_bytes
@@ -121,6 +123,6 @@ class Traffic:
         self._forget_idle()
 
 
-def _forget_oldest(entries: dict[str, tuple[str, int]] | dict[str, None]) -> None:
+def _forget_oldest(entries: dict[_Key, _Value]) -> None:
     while len(entries) > _REMEMBERED:
         del entries[next(iter(entries))]

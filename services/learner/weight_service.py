@@ -22,7 +22,7 @@ from services.runtime.failpoints import hit
 from services.wire.convert import to_announcement, to_object, to_plan
 from services.wire.interceptors import peer_identity
 from services.wire.objects import MAX_CHUNK_BYTES, read_chunk
-from services.wire.types import Announcement, Coming, ObjectRef
+from services.wire.types import Announcement, Coming, ObjectRef, PlanStep
 
 STALL_S = 60.0
 """A receiver that takes nothing for this long is cut: it fetches again from where it was."""
@@ -70,7 +70,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
             for update in (announcement.update, announcement.coming):
                 if update is not None:
                     ids = [ref.object_id for ref in update.objects]
-                    self._traffic.planned(name, update.target_root, ids, full_bytes)
+                    self._traffic.planned(name, update.target_version, ids, full_bytes)
             yield to_announcement(announcement)
             told = news
 
@@ -79,7 +79,7 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         plan = await self._planner.plan(request.have_root, request.want_version, request.keyframe_only)
         target = plan.target.decoded
         ids = [ref.object_id for step in plan.steps for ref in step.objects]
-        self._traffic.planned(peer_identity(context).id, target.root, ids, target.full_bytes)
+        self._traffic.planned(peer_identity(context).id, target.version, ids, target.full_bytes)
         return to_plan(plan)
 
     async def FetchObject(  # pyright: ignore[reportIncompatibleMethodOverride] - written, so that a write can time out
@@ -119,20 +119,21 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
         when the learner drains too."""
         self._check_run(request.run_id)
         name = peer_identity(context).id
-        target_root, sent = "", request.first
+        known: PlanStep | None = None
+        sent = request.first
         news: News | None = None
         while (news := await unless_set(self._drain, self._publisher.wait_for_news(news))) is not None:
             step = news.coming or news.version.update
             if step is None or step.base_root != request.base_root:
-                if target_root or news.version.root != request.base_root:
+                if known is not None or news.version.root != request.base_root:
                     return
                 continue
-            if target_root not in ("", step.target_root):
+            if known is not None and not _goes_on(known, step):
                 sent = 0  # the one before was given up
-            target_root = step.target_root
+            known = step
             full_bytes = news.version.manifest.decoded.full_bytes
             for ref in step.objects[sent:]:
-                self._traffic.planned(name, step.target_root, (ref.object_id,), full_bytes)
+                self._traffic.planned(name, step.target_version, (ref.object_id,), full_bytes)
                 if ref.size_bytes <= MAX_CHUNK_BYTES:
                     await self._send_whole(ref, name, context)
             sent = len(step.objects)
@@ -162,13 +163,18 @@ class WeightService(weights_pb2_grpc.WeightServiceServicer):
             raise SessionLostError(f"this learner serves run {self._run_id!r}, not {run_id!r}: register again")
 
 
+def _goes_on(known: PlanStep, step: PlanStep) -> bool:
+    """Whether it is the same update, with more of its objects."""
+    ours = known.base_root, known.target_version
+    return ours == (step.base_root, step.target_version) and step.objects[: len(known.objects)] == known.objects
+
+
 def _since(told: News | None, news: News) -> Announcement:
     """What is new for someone who was told that."""
     coming: Coming | None = None
     if news.coming is not None:
         known = None if told is None else told.coming
-        ours = news.coming.target_version, news.coming.target_root
-        first = len(known.objects) if known is not None and (known.target_version, known.target_root) == ours else 0
+        first = len(known.objects) if known is not None and _goes_on(known, news.coming) else 0
         coming = Coming(
             base_root=news.coming.base_root,
             target_root=news.coming.target_root,

@@ -17,7 +17,6 @@ class Arrivals:
 
     def __init__(self, coming: Coming, most_bytes: int) -> None:
         self.base_root = coming.base_root
-        self.target_root = coming.target_root
         self.target_version = coming.target_version
         self.plan: Plan | None = None
         """The whole of it, once it is announced; None where it was given up."""
@@ -38,11 +37,11 @@ class Arrivals:
     def hear(self, announcement: Announcement) -> None:
         """Takes what belongs to this update; anything else ends it."""
         update, coming = announcement.update, announcement.coming
-        ours = self.base_root, self.target_root, self.target_version
+        ours = self.base_root, self.target_version
         known = len(self.refs)
         if (
             coming is not None
-            and (coming.base_root, coming.target_root, coming.target_version) == ours
+            and (coming.base_root, coming.target_version) == ours
             and announcement.manifest.decoded.root == self.base_root
             and coming.first <= known
         ):
@@ -50,7 +49,7 @@ class Arrivals:
             return
         if (
             update is not None
-            and (update.base_root, update.target_root, update.target_version) == ours
+            and (update.base_root, update.target_version) == ours
             and update.objects[:known] == self.refs
         ):
             self._add(update.objects[known:])

@@ -83,7 +83,7 @@ class Decoding:
         learner gave it up, or its plan must be carried out like any other. Raises what fetching raises."""
         spare, self._spare = self._spare, None
         level, self._copy_of = self._copy_of is held, None
-        early = None if spare is None else self._early(held, spare, arrivals.base_root, arrivals.target_root, level)
+        early = None if spare is None else self._early(held, spare, arrivals.base_root, level)
         weights: Held | None = None
         number = 0
         try:
@@ -93,7 +93,7 @@ class Decoding:
                 if early is not None:
                     await asyncio.to_thread(early.add, path)
             if early is not None and arrivals.plan is not None:
-                weights = await asyncio.to_thread(early.finish)
+                weights = await asyncio.to_thread(early.finish, arrivals.plan.target.decoded.root)
         finally:
             if early is not None:
                 await asyncio.to_thread(early.close)
@@ -103,18 +103,16 @@ class Decoding:
 
     async def _as_it_comes(self, step: PlanStep, fetch: PlanFetch, held: Held, spare: Held, level: bool) -> Held | None:
         """The verified weights, or None; then `spare` may be overwritten again."""
-        early = self._early(held, spare, step.base_root, step.target_root, level)
+        early = self._early(held, spare, step.base_root, level)
         try:
             for ref in step.objects:
                 await asyncio.to_thread(early.add, await fetch.file(ref))
-            return await asyncio.to_thread(early.finish)
+            return await asyncio.to_thread(early.finish, step.target_root)
         finally:
             await asyncio.to_thread(early.close)
 
-    def _early(self, held: Held, spare: Held, base_root: str, target_root: str, level: bool) -> EarlyDecoder:
-        return EarlyDecoder(
-            held, spare, base_root=base_root, target_root=target_root, workers=self._workers, level=level
-        )
+    def _early(self, held: Held, spare: Held, base_root: str, level: bool) -> EarlyDecoder:
+        return EarlyDecoder(held, spare, base_root=base_root, workers=self._workers, level=level)
 
     def _apply(self, plan: Plan, step: PlanStep, paths: list[Path], base: Held | None, spare: Held | None) -> Held:
         """One update, out of place: with `spare` no more memory than for one part. apply_update proves the root of

@@ -23,7 +23,7 @@ from services.sampler.spool import Spool
 from services.wire.channel import route_to
 from services.wire.convert import from_run_settings, from_session, to_engine
 from services.wire.errors import no_learner, peer_error
-from services.wire.types import PROTOCOL_VERSION, EngineInfo, RunSettings, Session
+from services.wire.types import FEATURES, PROTOCOL_VERSION, EngineInfo, RunSettings, Session
 
 if TYPE_CHECKING:  # generated stubs exist for type checkers only
     from heterorl.v1.control_pb2_grpc import ControlServiceAsyncStub
@@ -155,6 +155,7 @@ class LearnerSession:
             sampler_id=self._sampler_id,
             protocol_min=PROTOCOL_VERSION,
             protocol_max=PROTOCOL_VERSION,
+            features=sorted(FEATURES),
             hostname=socket.gethostname(),
             engine=to_engine(self._engine()),
             spool_id=self._spool.spool_id,

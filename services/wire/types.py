@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 PROTOCOL_VERSION = 1
+ROOT_IN_LAST_PART = "root_in_last_part"
+"""Ability to read updates of which only the last part names the target root."""
+FEATURES = frozenset({ROOT_IN_LAST_PART})
+"""What a sampler of this build says at registration that it can."""
 MOST_REWARD = 1e12
 """Either way. Gradients are float32, and the square of their norm too: far larger rewards make steps that are not
 finite, and enough of those end the run."""

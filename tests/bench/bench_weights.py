@@ -237,12 +237,10 @@ def ahead_decoder(base: Policy, new: Policy) -> Callable[[], None]:
 
     def decode() -> None:
         way = next(ways)
-        early = EarlyDecoder(
-            policies[way], staging, base_root=roots[way], target_root=roots[1 - way], workers=1, level=True
-        )
+        early = EarlyDecoder(policies[way], staging, base_root=roots[way], workers=1, level=True)
         for path in files[way]:
             early.add(path)
-        assert early.finish() is not None
+        assert early.finish(roots[1 - way]) is not None
         early.close()
 
     return decode

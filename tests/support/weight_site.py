@@ -134,7 +134,9 @@ async def learner_site(
     versions = VersionFiles(folder / "versions")
     signer = ManifestSigner.load_or_create(folder / "key.pem")
     facts = RunFacts(run_id=RUN_ID, learner_epoch=epoch, model_files_sha256="")
-    publisher = Publisher(store=store, versions=versions, facts=facts, signer=signer, settings=section)
+    publisher = Publisher(
+        store=store, versions=versions, facts=facts, signer=signer, settings=section, root_last=lambda: True
+    )
     planner = RecordingPlanner(store=store, versions=versions, publisher=publisher, settings=section, run_id=RUN_ID)
     planner.plans = []
     traffic, drain = Traffic(section.max_mbit_s), asyncio.Event()

@@ -110,7 +110,9 @@ class RegisterRequest(google.protobuf.message.Message):
     """RunSettings.model_files_sha256 of the files that the sampler overrides locally; empty when it takes the learner's."""
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Optional abilities, by name. Unknown names are ignored."""
+        """Optional abilities, by name. Unknown names are ignored. "root_in_last_part": reads updates of which only the last
+        part names the target root (docs/weights.md); they are made where every sampler of the run says so.
+        """
 
     @property
     def engine(self) -> Global___EngineInfo:

@@ -188,8 +188,8 @@ Global___WatchPolicyResponse: typing_extensions.TypeAlias = WatchPolicyResponse
 
 @typing.final
 class ComingUpdate(google.protobuf.message.Message):
-    """What there is so far of an update that is being made. Not signed: what it makes is used only once a manifest that has
-    its target root is announced.
+    """What there is so far of an update that is being made. Not signed: what it makes is used only once a manifest with that
+    root is announced.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -202,7 +202,7 @@ class ComingUpdate(google.protobuf.message.Message):
     base_root: builtins.str
     """Root that the update needs."""
     target_root: builtins.str
-    """Root that it will lead to."""
+    """Root that it will lead to; empty while that is not known, and of no use: the manifest will say it, signed."""
     target_version: builtins.int
     """Version that it will lead to."""
     first: builtins.int

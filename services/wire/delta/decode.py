@@ -160,6 +160,8 @@ def survey_parts(parts: Iterable[Part]) -> Survey:
     Raises CorruptObjectError.
     """
     infos: list[UpdateInfo] = []
+    named: UpdateInfo | None = None
+    """The first part that names the root: all that do must agree."""
     shards: set[int] = set()
     forms: dict[str, TensorForm] = {}
     digests: dict[str, bytes] = {}
@@ -167,7 +169,8 @@ def survey_parts(parts: Iterable[Part]) -> Survey:
     for part in parts:
         infos.append(part.info)
         shards.add(part.shard)
-        if not part.info.same_update(infos[0]):
+        named = named or (part.info if part.info.target_root else None)
+        if not part.info.same_update(infos[0]) or (named is not None and not part.info.same_update(named)):
             raise CorruptObjectError("the parts belong to different updates: fetch them again")
         for form in part.layout.forms:
             known = forms.setdefault(form.name, form), digests.setdefault(form.name, part.digests[form.name])
@@ -185,9 +188,10 @@ def survey_parts(parts: Iterable[Part]) -> Survey:
         )
     for form in forms.values():
         _check_cover(form, segments.get(form.name, []))
-    if root_of_digests(forms.values(), digests) != infos[0].target_root:
+    info = merge_infos(infos)
+    if root_of_digests(forms.values(), digests) != info.target_root:
         raise CorruptObjectError("the digests of an update do not make its target root: fetch a keyframe")
-    return Survey(info=merge_infos(infos), forms=[forms[name] for name in sorted(forms)], digests=digests)
+    return Survey(info=info, forms=[forms[name] for name in sorted(forms)], digests=digests)
 
 
 def _check_base_needed(part: Part) -> None:

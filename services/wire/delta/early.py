@@ -31,14 +31,12 @@ class EarlyDecoder:
     `base`, of which only what changed is written.
     """
 
-    def __init__(
-        self, base: Weights, staging: Weights, *, base_root: str, target_root: str, workers: int, level: bool = False
-    ) -> None:
+    def __init__(self, base: Weights, staging: Weights, *, base_root: str, workers: int, level: bool = False) -> None:
         forms = forms_of(base)
         self._forms = {form.name: form for form in forms}
         self._base = base
         self._out = dict(staging)
-        self._roots = (base_root, target_root)
+        self._base_root = base_root
         self._level = level
         self._parts: list[Part] = []
         """Those that were decoded, without their payloads."""
@@ -69,8 +67,8 @@ class EarlyDecoder:
         """From now on nothing is written to `staging`. To be called at last, however it went. Blocks."""
         self._pool.shutdown(cancel_futures=True)
 
-    def finish(self) -> dict[str, BitTensor] | None:
-        """The weights once every part was added; None where they cannot be vouched for. Blocks."""
+    def finish(self, root: str) -> dict[str, BitTensor] | None:
+        """The weights once every part was added; None where it cannot be vouched that `root` is theirs. Blocks."""
         if not self._fits:
             return None
         try:
@@ -82,14 +80,14 @@ class EarlyDecoder:
             return None
         if not all(may_follow(self._out[name], self._base[name], peak) for name, peak in self._peaks.items()):
             return None
-        if whole.info.target_root != self._roots[1] or whole.forms != list(self._forms.values()):
+        if whole.info.target_root != root or whole.forms != list(self._forms.values()):
             return None
         return self._out if whole.digests == self._digests else None
 
     def _belongs(self, part: Part) -> bool:
         """Whether it changes this base, and tensors of this base alone."""
         named = all(self._forms.get(form.name) == form for form in part.layout.forms)
-        return named and (part.info.base_root, part.info.target_root) == self._roots
+        return named and part.info.base_root == self._base_root
 
     def _end_oldest(self) -> None:
         """What is known once all chunks of a part are written."""

@@ -1,18 +1,22 @@
-"""Weights to parts: hash first, so that every part can name the result; then chunks on threads, one part after another.
+"""Weights to parts, on threads, one part after another. Files name the result in every part, so all is hashed first;
+what is sent while it is made names it in the last one.
 
 digests(new) ─► target root ─► [chunk chunk …] ─► part 0 ─► [chunk chunk …] ─► part 1 …
+root_last:  [digest chunk chunk …] ─► part 0 ─► [digest chunk chunk …] ─► part 1 … ─► target root ─► last part
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
 
 from services.runtime.errors import InvalidWeightsError
 from services.wire.delta.codec import Codec, Comparison, HostComparison, encode_change, encode_whole
 from services.wire.delta.layout import Chunk, PartLayout, plan_parts
 from services.wire.delta.part import build_part, parse_part
-from services.wire.delta.tensors import Weights, digests_of, forms_of, root_of, root_of_digests
+from services.wire.delta.tensors import Weights, digest_jobs, digests_of, forms_of, root_of, root_of_digests
 from services.wire.delta.update import (
     MAX_RUN_ID_CHARS,
     MAX_VERSION,
@@ -45,11 +49,12 @@ def encode_delta(
     codec: Codec | str = Codec.SX,
     workers: int = 1,
     digests: Mapping[str, bytes] | None = None,
+    root_last: bool = False,
 ) -> EncodedUpdate:
     """What turns `base` into `new`, bit for bit.
 
-    `base_root` saves hashing the base, `digests` (of `new`) saves hashing the new weights. Raises InvalidWeightsError
-    where the two are not of one model.
+    `base_root` saves hashing the base, `digests` (of `new`) saves hashing the new weights. `root_last` as in
+    `iter_encode`. Raises InvalidWeightsError where the two are not of one model.
     """
     return collect(
         iter_encode(
@@ -62,6 +67,7 @@ def encode_delta(
             codec=codec,
             workers=workers,
             digests=digests,
+            root_last=root_last,
         )
     )
 
@@ -78,8 +84,10 @@ def iter_encode(
     workers: int = 1,
     digests: Mapping[str, bytes] | None = None,
     comparison: Comparison | None = None,
+    root_last: bool = False,
 ) -> Iterator[bytes]:
     """The parts in order; a keyframe where `base` is None. `comparison` of these two, where they lie on a device too.
+    `root_last`: the first part does not wait until all of `new` is hashed, and only the last one names the target root.
 
     Memory: the payloads of the part being built and at most 2 chunks per worker ahead of it, whatever the model.
     """
@@ -88,7 +96,8 @@ def iter_encode(
         if codec not in (Codec.SX, Codec.XC):
             raise InvalidWeightsError(f"a delta's codec is sx or xc, not {str(codec)[:20]!r}")
         check_same_forms(forms, forms_of(base), "the new weights")
-    digests = digests_of(new, workers) if digests is None else digests
+    if digests is None:
+        digests = {} if root_last else digests_of(new, workers)
     layouts = plan_parts(forms)
     template = UpdateInfo(
         kind=UpdateKind.KEYFRAME if base is None else UpdateKind.DELTA,
@@ -97,7 +106,7 @@ def iter_encode(
         base_version=None if base is None else _checked_version(base_version),
         target_version=_checked_version(target_version),
         base_root=None if base is None else _checked_root(base_root or root_of(base, workers)),
-        target_root=root_of_digests(forms, digests),
+        target_root=root_of_digests(forms, digests) if len(digests) == len(forms) else "",
         shards=len(layouts),
         bytes=0,
         full_bytes=0,
@@ -141,31 +150,50 @@ def _build_parts(
     comparison: Comparison | None,
     new: Weights,
     layouts: list[PartLayout],
-    digests: Mapping[str, bytes],
+    known_digests: Mapping[str, bytes],
     workers: int,
 ) -> Iterator[bytes]:
+    digests = dict(known_digests)
+
+    def digest(job: Callable[[], dict[str, bytes]]) -> Payload:
+        digests.update(job())
+        return b"", 0
+
     def encode(chunk: Chunk) -> Payload:
         if comparison is None:
             return encode_whole(new, chunk), chunk.count
         return encode_change(comparison, chunk, template.codec)
 
-    chunks = (chunk for layout in layouts for chunk in layout.chunks)
+    hashing = [[partial(digest, job) for job in jobs] for jobs in _digests_for_each(layouts, new, digests)]
+    encoding = [[partial(encode, chunk) for chunk in layout.chunks] for layout in layouts]
+    jobs = (job for one in zip(hashing, encoding, strict=True) for job in chain(*one))
     with ThreadPoolExecutor(workers, thread_name_prefix="encode") as pool:
-        payloads = in_order(pool, encode, chunks, 2 * workers)
+        payloads = in_order(pool, jobs, 2 * workers)
         for shard, layout in enumerate(layouts):
-            results = list(islice(payloads, len(layout.chunks)))
+            results = list(islice(payloads, len(hashing[shard]) + len(layout.chunks)))[len(hashing[shard]) :]
+            if shard == len(layouts) - 1 and not template.target_root:
+                template = replace(template, target_root=root_of_digests(forms_of(new), digests))
             info = part_info(template, layout, sum(changed for _, changed in results))
             row = [digests[form.name] for form in layout.forms]
             yield build_part(info, shard, layout, row, [payload for payload, _ in results])
 
 
-def in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Chunk], Payload], chunks: Iterable[Chunk], ahead: int
-) -> Iterator[Payload]:
-    """The payloads of the chunks. While the caller does something with one, up to `ahead` more are worked on."""
+def _digests_for_each(
+    layouts: Iterable[PartLayout], new: Weights, known: Mapping[str, bytes]
+) -> Iterator[list[Callable[[], dict[str, bytes]]]]:
+    """For each part the jobs that find the digests which it is the first to need."""
+    unknown = new.keys() - known.keys()
+    for layout in layouts:
+        names = [form.name for form in layout.forms if form.name in unknown]
+        unknown.difference_update(names)
+        yield digest_jobs(new, names)
+
+
+def in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Payload]], ahead: int) -> Iterator[Payload]:
+    """What the jobs return. While the caller does something with one, up to `ahead` more are worked on."""
     begun: deque[Future[Payload]] = deque()
-    for chunk in chunks:
-        begun.append(pool.submit(work, chunk))
+    for job in jobs:
+        begun.append(pool.submit(job))
         if len(begun) > ahead:
             yield begun.popleft().result()
     while begun:

@@ -20,7 +20,7 @@ from services.runtime.errors import (
 from services.runtime.files import atomic_write_blocks
 from services.wire.delta.container import HEADER_LENGTH, build_header, header_bytes, parse_header
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Weights, check_form, forms_of
-from services.wire.delta.update import FORMAT
+from services.wire.delta.update import FORMATS
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -75,7 +75,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def is_update(path: Path) -> bool:
     """Whether a .safetensors file is a part of an update. Raises as read_metadata."""
-    return read_metadata(path).get("format") == FORMAT
+    return read_metadata(path).get("format") in FORMATS
 
 
 def write_weights(weights: Weights, path: str | Path) -> None:
@@ -132,7 +132,7 @@ def _read_file(path: Path, mapped: bool) -> Iterator[tuple[str, BitTensor]]:
         size = os.fstat(file.fileno()).st_size
         length = header_bytes(file.read(HEADER_LENGTH.size), size)
         header = parse_header(file.read(length), size)
-        if header.metadata.get("format") == FORMAT:
+        if header.metadata.get("format") in FORMATS:
             raise BadInputError(f"{path} is a weight update, not weights: apply it to those that it was made from")
         whole = np.asarray(np.memmap(file, np.uint8, mode="r")) if mapped else None
         for name, entry in header.entries.items():

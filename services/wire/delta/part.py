@@ -84,9 +84,8 @@ def load_part(source: bytes | Path) -> bytes:
 
 def parse_part(data: bytes) -> Part:
     """Checks everything that can be checked without the base. Raises CorruptObjectError or InvalidWeightsError."""
-    length = header_bytes(data[: HEADER_LENGTH.size], len(data), MAX_PART_HEADER_BYTES)
-    header = parse_header(data[HEADER_LENGTH.size : HEADER_LENGTH.size + length], len(data))
-    _verify_check(data, HEADER_LENGTH.size + length, header.metadata.get("check", ""))
+    header, data_start = _header(data)
+    _verify_check(data, data_start, header.metadata.get("check", ""))
     info, shard = from_metadata(header.metadata, len(data))
     blocks = _blocks(data, header)
     layout = _parse_table(decompress(blocks.pop(TABLE), MAX_TABLE_BYTES))
@@ -107,6 +106,18 @@ def parse_part(data: bytes) -> Part:
         form.name: digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] for index, form in enumerate(layout.forms)
     }
     return Part(info=info, shard=shard, layout=layout, digests=digest_of_name, payloads=blocks)
+
+
+def read_info(data: bytes) -> UpdateInfo:
+    """What the header of a part says, which nobody checked. Raises CorruptObjectError."""
+    return from_metadata(_header(data)[0].metadata, len(data))[0]
+
+
+def _header(data: bytes) -> tuple[Header, int]:
+    """And where the data begin."""
+    length = header_bytes(data[: HEADER_LENGTH.size], len(data), MAX_PART_HEADER_BYTES)
+    stop = HEADER_LENGTH.size + length
+    return parse_header(data[HEADER_LENGTH.size : stop], len(data)), stop
 
 
 def _verify_check(data: bytes, data_start: int, check: str) -> None:

@@ -1,9 +1,10 @@
 """Model weights as bit patterns, and the names, shapes and digests that both ends of the wire agree on."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import cast
 
@@ -174,19 +175,25 @@ def digests_of(weights: Weights, workers: int | ThreadPoolExecutor = 1) -> dict[
         with ThreadPoolExecutor(workers) as pool:
             return digests_of(weights, pool)
 
-    def digests(names: list[str]) -> list[bytes]:
-        return [digest_of(weights[name].bits) for name in names]
+    found = [workers.submit(job) for job in digest_jobs(weights, sorted(weights))]
+    return {name: digest for some in found for name, digest in some.result().items()}
+
+
+def digest_jobs(weights: Weights, names: Iterable[str]) -> list[Callable[[], dict[str, bytes]]]:
+    """The digests of these tensors, in pieces that are work enough for a thread."""
+
+    def digests(group: list[str]) -> dict[str, bytes]:
+        return {name: digest_of(weights[name].bits) for name in group}
 
     groups: list[list[str]] = []
     room = 0
-    for name in sorted(weights):
+    for name in names:
         if room <= 0:
             groups.append([])
             room = HASH_BLOCK_BYTES
         groups[-1].append(name)
         room -= weights[name].nbytes
-    rows = zip(groups, workers.map(digests, groups), strict=True)
-    return {name: digest for names, row in rows for name, digest in zip(names, row, strict=True)}
+    return [partial(digests, group) for group in groups]
 
 
 def root_of_digests(forms: Iterable[TensorForm], digests: Mapping[str, bytes]) -> str:

@@ -9,6 +9,9 @@ from services.runtime.errors import CorruptObjectError
 from services.wire.delta.codec import Codec
 
 FORMAT = "heterorl-weights/1"
+ROOT_IN_LAST_PART = "heterorl-weights/2"
+"""Of a part that was made before the root was known that its update leads to: it does not name it."""
+FORMATS = (FORMAT, ROOT_IN_LAST_PART)
 MAX_VERSION = (1 << 63) - 1
 MAX_SHARDS = 1 << 20
 MAX_RUN_ID_CHARS = 200
@@ -28,7 +31,8 @@ class UpdateInfo:
     """An update, or one part of it: then `changed`, `parameters` and the sizes are the part's.
 
     `bytes` is the size of the files, `full_bytes` of the model bytes they stand for; `changed` and `parameters` count
-    elements. `base_version` and `base_root` are None for a keyframe.
+    elements. `base_version` and `base_root` are None for a keyframe. `target_root` is empty for a part that does not
+    name it: the last one of an update always does.
     """
 
     kind: UpdateKind
@@ -50,9 +54,10 @@ class UpdateInfo:
         return self.full_bytes / self.bytes if self.bytes else 0.0
 
     def same_update(self, other: "UpdateInfo") -> bool:
-        """Whether two parts belong to one update."""
+        """Whether two parts belong to one update, as far as they say."""
+        root = other.target_root if self.target_root and other.target_root else self.target_root
         sizes = {"bytes": 0, "full_bytes": 0, "changed": 0, "parameters": 0}
-        return replace(self, **sizes) == replace(other, **sizes)
+        return replace(self, **sizes) == replace(other, **sizes, target_root=root)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,7 @@ def merge_infos(infos: Sequence[UpdateInfo]) -> UpdateInfo:
     """The whole of all parts of one update."""
     return replace(
         infos[0],
+        target_root=max(info.target_root for info in infos),
         bytes=sum(info.bytes for info in infos),
         full_bytes=sum(info.full_bytes for info in infos),
         changed=sum(info.changed for info in infos),
@@ -77,18 +83,19 @@ def merge_infos(infos: Sequence[UpdateInfo]) -> UpdateInfo:
 def to_metadata(info: UpdateInfo, shard: int) -> dict[str, str]:
     """The metadata of part `shard` (from 0). `bytes` is not in it: the file's own size says it."""
     metadata = {
-        "format": FORMAT,
+        "format": FORMAT if info.target_root else ROOT_IN_LAST_PART,
         "kind": info.kind.value,
         "codec": info.codec.value,
         "run_id": info.run_id,
         "target_version": str(info.target_version),
-        "target_root": info.target_root,
         "shard": str(shard),
         "shards": str(info.shards),
         "full_bytes": str(info.full_bytes),
         "changed": str(info.changed),
         "parameters": str(info.parameters),
     }
+    if info.target_root:
+        metadata["target_root"] = info.target_root
     if info.base_version is not None and info.base_root is not None:
         metadata["base_version"] = str(info.base_version)
         metadata["base_root"] = info.base_root
@@ -98,10 +105,11 @@ def to_metadata(info: UpdateInfo, shard: int) -> dict[str, str]:
 def from_metadata(metadata: Mapping[str, str], file_bytes: int) -> tuple[UpdateInfo, int]:
     """The part's info and its shard number. Raises CorruptObjectError."""
     found = metadata.get("format")
-    if found != FORMAT:
+    if found not in FORMATS:
         raise CorruptObjectError(
             f"the file is not a weight update of this build: its format is {ascii(found)[:40]}, not {FORMAT!r}"
         )
+    rootless = found == ROOT_IN_LAST_PART
     kind = _member(metadata, "kind", UpdateKind)
     codec = _member(metadata, "codec", Codec)
     is_delta = kind is UpdateKind.DELTA
@@ -115,6 +123,8 @@ def from_metadata(metadata: Mapping[str, str], file_bytes: int) -> tuple[UpdateI
     shard = _number(metadata, "shard", MAX_SHARDS)
     if shard >= shards:
         raise CorruptObjectError(f"a weight update has part {shard} of {shards}, counted from 0")
+    if rootless and shard == shards - 1:
+        raise CorruptObjectError("the last part of a weight update does not name the target_root")
     info = UpdateInfo(
         kind=kind,
         codec=codec,
@@ -122,7 +132,7 @@ def from_metadata(metadata: Mapping[str, str], file_bytes: int) -> tuple[UpdateI
         base_version=_number(metadata, "base_version", MAX_VERSION) if is_delta else None,
         target_version=_number(metadata, "target_version", MAX_VERSION),
         base_root=_root(metadata, "base_root") if is_delta else None,
-        target_root=_root(metadata, "target_root"),
+        target_root="" if rootless else _root(metadata, "target_root"),
         shards=shards,
         bytes=file_bytes,
         full_bytes=_number(metadata, "full_bytes", MAX_VERSION),

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,13 +109,14 @@ class SamplerOfTests:
         self.spool_id = f"spool-of-{sampler_id}"
         self.session = Session(run_id="", sampler_id=sampler_id, learner_epoch=0, session_epoch=0)
 
-    async def register(self, **fields: object) -> control_pb2.RegisterResponse:
+    async def register(self, features: Sequence[str] = (), **fields: object) -> control_pb2.RegisterResponse:
         request = control_pb2.RegisterRequest(
             sampler_id=self.sampler_id,
             protocol_min=PROTOCOL_VERSION,
             protocol_max=PROTOCOL_VERSION,
             spool_id=self.spool_id,
         )
+        request.features.extend(features)
         for name, value in fields.items():
             setattr(request, name, value)
         response = await self.control.Register(request)

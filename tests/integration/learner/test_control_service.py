@@ -9,7 +9,7 @@ import pytest
 from services.runtime.errors import BadInputError, FencedError, HeteroRLError, MismatchError, RefusedError
 from services.wire.convert import from_run_settings
 from services.wire.errors import from_rpc_error
-from services.wire.types import Directive, LeasePurpose
+from services.wire.types import ROOT_IN_LAST_PART, Directive, LeasePurpose
 from tests.integration.learner.learner_of_tests import running_learner, sampler
 from tests.support.data_side import RUN_SETTINGS, dataset, envelope, group_for, root, settings
 
@@ -35,6 +35,14 @@ async def test_registration_refuses_what_cannot_work_together(tmp_path: Path) ->
         assert isinstance(await error_of(one.register(sampler_id="us-1")), RefusedError)
         assert isinstance(await error_of(one.register(sampler_id="../x")), BadInputError)
         assert isinstance(await error_of(one.register(spool_id="x" * 65)), BadInputError)
+
+
+async def test_registration_says_what_a_sampler_can(tmp_path: Path) -> None:
+    async with running_learner(tmp_path) as learner, sampler(learner) as one:
+        await one.register()
+        assert not learner.plane.sessions.all_can(ROOT_IN_LAST_PART)
+        await one.register(features=[ROOT_IN_LAST_PART, "of a later build"])
+        assert learner.plane.sessions.all_can(ROOT_IN_LAST_PART)
 
 
 async def test_the_newest_registration_wins_and_the_older_process_is_fenced(tmp_path: Path) -> None:

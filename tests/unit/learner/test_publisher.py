@@ -14,8 +14,9 @@ from services.learner import publisher
 from services.learner.object_store import ObjectStore
 from services.runtime import failpoints
 from services.runtime.errors import HeteroRLError, StorageError
-from services.wire.delta import compiled, root_of
-from services.wire.types import ObjectRef
+from services.wire.delta import compiled, layout, root_of
+from services.wire.delta.part import read_info
+from services.wire.types import ObjectRef, PlanStep
 from tests.unit.learner.weights_of_tests import carry_out, make_weights, nudged, open_shop
 
 
@@ -125,6 +126,35 @@ async def test_weights_that_did_not_change_make_a_version_without_an_update(tmp_
     result = carry_out(shop, plan, weights)
     assert result is not None
     assert root_of(result) == plan.target.decoded.root
+
+
+@pytest.mark.parametrize("root_last", [False, True])
+async def test_the_root_is_in_each_part_where_somebody_needs_it_there(
+    tmp_path: Path, root_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 2000)
+    monkeypatch.setattr(layout, "PART_BYTES", 16_000)
+    shop = open_shop(tmp_path, root_last=root_last)
+    await shop.publisher.publish(0, first := make_weights(1))
+    told: list[PlanStep | None] = []
+    tell = shop.publisher._tell
+
+    def hear(coming: PlanStep | None) -> None:
+        told.append(coming)
+        tell(coming)
+
+    monkeypatch.setattr(shop.publisher, "_tell", hear)
+    await shop.publisher.publish(1, second := nudged(first, 2))
+    update = shop.versions.rows[1].update
+    assert update is not None
+    roots = [read_info(shop.store.path_of(ref.object_id).read_bytes()).target_root for ref in update.objects]
+    early = "" if root_last else root_of(second)
+    assert roots == [early] * (len(roots) - 1) + [root_of(second)]
+    assert len(roots) > 2
+    assert [coming.target_root for coming in told if coming is not None] == roots
+    await shop.publisher.publish(2, nudged(second, 3, changes=0))
+    assert [coming for coming in told[len(roots) + 1 :] if coming is not None] == [], "nothing changed"
+    assert shop.versions.rows[2].update is None
 
 
 async def test_watchers_get_the_newest_version_and_skip_what_came_between(tmp_path: Path) -> None:

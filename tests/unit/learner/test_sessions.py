@@ -5,7 +5,7 @@ import pytest
 
 from services.learner.sessions import Sessions
 from services.runtime.errors import FencedError, RefusedError, SessionLostError
-from services.wire.types import Directive, SamplerReport, SamplerState, Session
+from services.wire.types import ROOT_IN_LAST_PART, Directive, SamplerReport, SamplerState, Session
 from tests.support.data_side import Clock
 
 
@@ -91,6 +91,23 @@ async def test_silence_makes_a_sampler_lost_and_a_call_brings_it_back() -> None:
     assert known.last_seen_s(sampler) == 31.0
     known.check(session)
     assert (known.state(sampler), known.alive_count()) == (SamplerState.GENERATING, 1)
+
+
+async def test_a_feature_counts_where_all_that_are_alive_have_it_and_somebody_is() -> None:
+    clock = Clock()
+    known = sessions(Store(), clock)
+    assert not known.all_can(ROOT_IN_LAST_PART)
+    await known.register("eu-1", features=frozenset({ROOT_IN_LAST_PART}))
+    assert known.all_can(ROOT_IN_LAST_PART)
+    old = await known.register("us-1")
+    assert not known.all_can(ROOT_IN_LAST_PART)
+    clock.now += 31
+    known.check(await known.register("eu-1", features=frozenset({ROOT_IN_LAST_PART})))
+    assert known.all_can(ROOT_IN_LAST_PART), "the other one is lost"
+    known.check(old)
+    assert not known.all_can(ROOT_IN_LAST_PART), "and back"
+    await known.register("us-1", features=frozenset({ROOT_IN_LAST_PART}))
+    assert known.all_can(ROOT_IN_LAST_PART)
 
 
 async def test_orders_reach_the_sampler_and_a_new_process_starts_without_them() -> None:

@@ -8,20 +8,20 @@ from services.learner.traffic import Traffic
 
 def test_a_version_counts_once_whatever_plans_lead_to_it_and_in_whatever_order_objects_come() -> None:
     traffic = Traffic(0.0)
-    traffic.planned("eu-1", "root-1", ["a", "b"], 1000)
+    traffic.planned("eu-1", 1, ["a", "b"], 1000)
     assert traffic.opened("eu-1", "a")
-    traffic.planned("eu-1", "root-2", ["c"], 1000)
+    traffic.planned("eu-1", 2, ["c"], 1000)
     assert traffic.opened("eu-1", "b"), "an older plan is still being fetched"
     assert traffic.opened("eu-1", "c")
     assert traffic.opened("eu-1", "a")
-    traffic.planned("eu-1", "root-2", ["d"], 1000)
+    traffic.planned("eu-1", 2, ["d"], 1000)
     assert traffic.opened("eu-1", "d")
     assert traffic.state() == {"eu-1": [0, 2, 2000]}
 
 
 def test_objects_that_no_plan_named_are_not_weights() -> None:
     traffic = Traffic(0.0)
-    traffic.planned("eu-1", "root-1", ["a"], 1000)
+    traffic.planned("eu-1", 1, ["a"], 1000)
     assert not traffic.opened("eu-1", "model-file")
     assert not traffic.opened("us-1", "a")
     assert traffic.bytes_full == 0
@@ -30,7 +30,7 @@ def test_objects_that_no_plan_named_are_not_weights() -> None:
 def test_what_was_planned_longest_ago_is_forgotten_first() -> None:
     traffic = Traffic(0.0)
     for number in range(5000):
-        traffic.planned("eu-1", f"root-{number}", [f"object-{number}"], 1)
+        traffic.planned("eu-1", number, [f"object-{number}"], 1)
     assert not traffic.opened("eu-1", "object-0")
     assert traffic.opened("eu-1", "object-4999")
     assert len(traffic.of("eu-1").planned) < 5000
@@ -68,7 +68,7 @@ def test_receivers_that_come_and_go_under_ever_new_names_are_counted_together() 
     traffic = Traffic(0.0)
     for number in range(3000):
         for name in ("eu-1", f"spot-{number}"):
-            traffic.planned(name, f"root-{number}", [f"object-{number}"], 10)
+            traffic.planned(name, number, [f"object-{number}"], 10)
             assert traffic.opened(name, f"object-{number}")
             traffic.of(name).bytes_sent += 1
     assert len(traffic.state()) <= 1024

@@ -47,14 +47,22 @@ class Shop:
     """The store's clock: [seconds]."""
 
 
-def open_shop(folder: Path, epoch: int = 1, **settings: object) -> Shop:
+def open_shop(folder: Path, epoch: int = 1, root_last: bool = True, **settings: object) -> Shop:
     """On `folder`, as a learner's start opens it."""
     now_s = [0.0]
     section = PublishSection.model_validate({"workers": 1, **settings})
     store = ObjectStore(folder / "objects", clock=lambda: now_s[0])
     versions = VersionFiles(folder / "versions")
     facts = RunFacts(run_id="test", learner_epoch=epoch, model_files_sha256="0" * 64)
-    publisher = Publisher(store=store, versions=versions, facts=facts, signer=None, settings=section, unix_ms=lambda: 1)
+    publisher = Publisher(
+        store=store,
+        versions=versions,
+        facts=facts,
+        signer=None,
+        settings=section,
+        root_last=lambda: root_last,
+        unix_ms=lambda: 1,
+    )
     planner = Planner(store=store, versions=versions, publisher=publisher, settings=section, run_id="test")
     return Shop(store=store, versions=versions, publisher=publisher, planner=planner, now_s=now_s)
 

@@ -32,8 +32,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_module, "PART_BYTES", 8192)
 
 
-def delta_of(base: Policy, new: Policy, codec: Codec = Codec.SX) -> EncodedUpdate:
-    return encode_delta(base, new, run_id="run", base_version=1, target_version=2, codec=codec)
+def delta_of(base: Policy, new: Policy, codec: Codec = Codec.SX, root_last: bool = False) -> EncodedUpdate:
+    return encode_delta(base, new, run_id="run", base_version=1, target_version=2, codec=codec, root_last=root_last)
 
 
 def copy_of(weights: Policy) -> Policy:
@@ -54,14 +54,13 @@ def decode(
         base,
         staging,
         base_root=update.info.base_root or "",
-        target_root=update.info.target_root,
         workers=workers,
         level=level,
     )
     try:
         for path in paths:
             early.add(path)
-        return early.finish()
+        return early.finish(update.info.target_root)
     finally:
         early.close()
 
@@ -83,11 +82,18 @@ def moved(rng: np.random.Generator, old: BitTensor) -> BitTensor:
 @pytest.mark.parametrize("codec", [Codec.SX, Codec.XC])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("level", [False, True])
+@pytest.mark.parametrize("root_last", [False, True])
 def test_parts_in_any_order_make_the_weights_in_the_old_memory(
-    versions: tuple[Policy, Policy], codec: Codec, turned: bool, workers: int, level: bool, tmp_path: Path
+    versions: tuple[Policy, Policy],
+    codec: Codec,
+    turned: bool,
+    workers: int,
+    level: bool,
+    root_last: bool,
+    tmp_path: Path,
 ) -> None:
     base, new = versions
-    update = delta_of(base, new, codec)
+    update = delta_of(base, new, codec, root_last)
     assert len(update.parts) > 3
     paths = written(update.parts, tmp_path)
     staging = copy_of(new)
@@ -190,7 +196,7 @@ def test_once_it_is_closed_nothing_is_written(
 
     monkeypatch.setattr(early_module, "decode_chunk", decode_chunk)
     root, staging = update.info.base_root or "", copy_of(base)
-    early = EarlyDecoder(base, staging, base_root=root, target_root=update.info.target_root, workers=1)
+    early = EarlyDecoder(base, staging, base_root=root, workers=1)
     early.add(written(update.parts, tmp_path)[0])
     assert begun.wait(30)
     _, jobs = early._begun[-1]
