@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from pathlib import Path
 from services.runtime.errors import CorruptObjectError, ObjectGoneError
 from services.runtime.files import atomic_write_blocks, storage_errors, sync_directory
 from services.runtime.log import get_logger
-from services.wire.objects import check_object_id, file_digest, object_ref_of
+from services.wire.objects import MAX_CHUNK_BYTES, check_object_id, file_digest, object_ref_of
 from services.wire.types import ObjectRef
 
 GRACE_S = 900.0
 """An object that was put or read this recently is not collected: a plan that names it may still be under way."""
+
+_FRESH = 8
+"""Of those small objects that were written last the bytes are kept, 8 MiB at most."""
 
 _log = get_logger("learner.objects")
 
@@ -46,6 +50,7 @@ class ObjectStore:
         self._held: dict[str, int] = {}
         self._used_s: dict[str, float] = {}
         self._verified: dict[str, tuple[int, int, int]] = {}
+        self._fresh: deque[tuple[str, bytes]] = deque(maxlen=_FRESH)
         with storage_errors(f"use folder {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
             for left_over in directory.glob("*/.*.tmp"):
@@ -74,7 +79,13 @@ class ObjectStore:
             atomic_write_blocks(path, (data,), durable=False)
             with storage_errors(f"read {path}"):
                 self._verified[ref.object_id] = _state(path.stat())  # hashed above: not again for the first reader
+        if ref.size_bytes <= MAX_CHUNK_BYTES:
+            self._fresh.append((ref.object_id, data))
         return ref
+
+    def fresh(self, object_id: str) -> bytes | None:
+        """The bytes of a small object that was written just now: who is sent it unasked need not wait for the disk."""
+        return next((data for name, data in tuple(self._fresh) if name == object_id), None)
 
     def sync(self, ref: ObjectRef) -> None:
         """Makes an object that was written durable. Raises StorageError: then it is not here any more, since the next

@@ -10,6 +10,7 @@ import pytest
 
 from services.learner.object_store import GRACE_S, ObjectStore, OpenObject
 from services.runtime.errors import ObjectGoneError, StorageError
+from services.wire.objects import MAX_CHUNK_BYTES
 
 
 class SlowlyOpened(ObjectStore):
@@ -107,3 +108,14 @@ def test_an_object_that_cannot_be_looked_at_is_the_disks_error(tmp_path: Path) -
     path.symlink_to(path)
     with pytest.raises(StorageError, match="symbolic links"):
         store.open(path.name)
+
+
+def test_the_bytes_of_the_last_small_objects_are_at_hand_without_the_disk(tmp_path: Path) -> None:
+    store = ObjectStore(tmp_path)
+    large = store.put(bytes(MAX_CHUNK_BYTES + 1))
+    written = [bytes((number,)) * MAX_CHUNK_BYTES for number in range(12)]
+    refs = [store.write(data) for data in written]
+    for path in tmp_path.glob("*/*"):
+        path.unlink()
+    assert [store.fresh(ref.object_id) for ref in refs] == [None] * 4 + written[4:]
+    assert store.fresh(large.object_id) is None
