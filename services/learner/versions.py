@@ -1,9 +1,11 @@
 """The manifest rows: one small file per published version, written after the version's objects are durable.
 
-state_dir/versions/00000012.json   {"format": 1, "manifest": base64, "signature": base64, "update": {…} | null}
+state_dir/versions/00000012.json   {"format": 1, "manifest": base64, "signature": base64, "update": {…} | null,
+                                    "sha256": of the other fields}
 """
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterable, Mapping
@@ -19,6 +21,7 @@ from services.wire.objects import is_object_id
 from services.wire.types import ObjectRef, PlanStep, SignedManifest, UpdateKind
 
 _FORMAT = 1
+_DIGEST = "sha256"
 
 _log = get_logger("learner.versions")
 
@@ -98,13 +101,20 @@ def _render(version: Version) -> bytes:
         "signature": base64.b64encode(version.manifest.signature).decode(),
         "update": update,
     }
-    return json.dumps(row, indent=1).encode()
+    return json.dumps({**row, _DIGEST: _digest(row)}, indent=1).encode()
+
+
+def _digest(row: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
 def _parse(text: bytes) -> Version:
     row = cast("Mapping[str, object]", json.loads(text))
     if row["format"] != _FORMAT:
         raise BadInputError(f"format {row['format']} is not {_FORMAT}")
+    fields = {key: value for key, value in row.items() if key != _DIGEST}
+    if row.get(_DIGEST, _digest(fields)) != _digest(fields):  # earlier releases wrote none
+        raise BadInputError("it does not have its digest")
     manifest = base64.b64decode(str(row["manifest"]), validate=True)
     signed = SignedManifest(
         manifest=manifest,
