@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,6 +110,29 @@ def test_a_plan_survives_the_wire_and_knows_its_bytes(refs: list[t.ObjectRef], v
         message = weights_pb2.GetPlanResponse.FromString(convert.to_plan(plan).SerializeToString())
         assert convert.from_plan(message) == plan
         assert message.total_bytes == plan.total_bytes
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), min_size=1, max_size=4))
+def test_edited_announcements_and_plans_either_decode_or_are_bad_input(edits: list[tuple[float, bytes]]):
+    signed = weights_pb2.SignedManifest(manifest=convert.encode_manifest(manifest(3)), signature=b"s" * 64)
+    refs = [types_pb2.ObjectRef(object_id=digit * 64, size_bytes=3) for digit in "ab"]
+    step = weights_pb2.PlanStep(
+        kind=weights_pb2.UPDATE_KIND_DELTA, base_root="cd", target_root="ab", target_version=3, objects=refs
+    )
+    coming = weights_pb2.ComingUpdate(base_root="ab", target_root="ef", target_version=4, first=1, objects=refs)
+    announced = weights_pb2.WatchPolicyResponse(manifest=signed, update=step, coming=coming)
+    planned = weights_pb2.GetPlanResponse(target=signed, steps=[step], total_bytes=6)
+    for message, decode in ((announced, convert.from_announcement), (planned, convert.from_plan)):
+        data = message.SerializeToString()
+        for where, extra in edits:
+            at = int(where * len(data))
+            data = data[:at] + extra + data[at + len(extra) :]
+        try:
+            parsed = type(message).FromString(data)
+        except (DecodeError, ValueError):  # gRPC refuses it
+            continue
+        with contextlib.suppress(BadInputError):
+            decode(parsed)
 
 
 @pytest.mark.parametrize("size_bytes", [65 << 20, 1 << 40, 2**64 - 1])
