@@ -92,9 +92,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def Heartbeat(
         self, request: control_pb2.HeartbeatRequest, context: _Heartbeat
     ) -> control_pb2.HeartbeatResponse:
-        session, _ = check_session(self._plane, context, request.session)
-        report = from_heartbeat(request)
+        session, sampler = check_session(self._plane, context, request.session)
+        report, first = from_heartbeat(request), sampler.report is None
         directive = self._plane.sessions.heartbeat(session, report)
+        if first:
+            self._plane.leases.wake()  # leases may have been refused until its weights are known
         lost = self._plane.leases.renew(
             session.sampler_id, session.session_epoch, report.lease_ids, report.policy_version
         )
@@ -148,9 +150,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         """False while it holds a version that this learner, restored from an older checkpoint, has not made: groups of
         it would be refused, and in the end put the sampler into quarantine."""
         if 0 <= self._plane.versions.current < policy_version:
-            return False  # before its first report too
+            return False
         report = sampler.report
-        if report is None or not report.policy_root:
+        if report is None:
+            return policy_version == 0  # of another it may hold what this learner's past does not know: its root tells
+        if not report.policy_root:
             return True
         origin = self._plane.versions.origin(report.policy_version, report.policy_root)
         return origin in (Origin.PUBLISHED, Origin.FORGOTTEN)

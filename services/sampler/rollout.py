@@ -40,8 +40,8 @@ _LEASE_TIMEOUT_S = 20.0
 _RELEASE_TIMEOUT_S = 5.0
 _GENERATE_ATTEMPTS = 3
 _OUR_FAULTS = ("generation_failed", "scoring_failed")
-_ASK_WHY = ("paused", "draining")
-"""Reasons of LeasePromptsResponse that a heartbeat's answer explains."""
+_ASK_WHY = ("paused", "draining", "weights")
+"""Reasons of LeasePromptsResponse that a heartbeat's answer explains, or its report ends: it names the weights held."""
 _PAYLOAD_BYTES = MESSAGE_BYTES - 4096
 """Largest group that fits a message with its envelope."""
 

@@ -104,12 +104,26 @@ async def test_a_sampler_with_weights_that_a_restored_learner_has_not_made_gets_
     async with running_learner(tmp_path) as learner, sampler(learner) as one:
         for version in (0, 1):
             await learner.plane.advance(version, root(version))
-        assert (await one.lease_response(1, version=9)).reason == "weights", "before its first report"
+        for version in (1, 9):
+            assert (await one.lease_response(1, version=version)).reason == "weights", "before its first report"
         for version, held in ((9, root(9)), (1, root(9))):
             await one.heartbeat([], version, held)
             assert (await one.lease_response(1, version=version)).reason == "weights"
         await one.heartbeat([], 1, root(1))
         assert len(await one.lease(1)) == 1
+
+
+async def test_a_call_that_waits_for_the_first_report_is_answered_when_it_comes(tmp_path: Path) -> None:
+    async with running_learner(tmp_path) as learner, sampler(learner) as one:
+        for version in (0, 1):
+            await learner.plane.advance(version, root(version))
+        waiting = asyncio.create_task(one.lease_response(1, version=1, wait_ms=20_000))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await one.heartbeat([], 1, root(1))
+        async with asyncio.timeout(0.8):  # it would be told after a second to ask again
+            await waiting
+        assert len(await one.lease(1, version=1)) == 1
 
 
 async def test_pause_drain_and_evict_reach_the_sampler(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sqlite3
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +143,31 @@ async def test_the_end_of_a_run_is_not_waited_for_until_the_next_heartbeat(tmp_p
             await sampler.event("sampler_drained")
         code, _ = await sampler.ended()
         assert code == 0
+
+
+async def test_a_restarted_learner_hears_at_once_which_weights_are_held_and_grants_leases(tmp_path: Path) -> None:
+    def config(address: str, group_size: int) -> LearnerConfig:
+        return small_config(
+            tmp_path,
+            POLICY,
+            run={"id": "test", "state_dir": tmp_path / "learner", "steps": 100_000},
+            listen={"address": address, "insecure": True},
+            sampling={"group_size": group_size, "max_completion_tokens": 8},
+            lease={"heartbeat_s": 60.0, "session_ttl_s": 180.0},
+            checkpoint={"every_steps": 1},
+        )
+
+    async with AsyncExitStack() as stack:
+        async with running_learner(config("127.0.0.1:0", 4)) as learner:
+            sampler = await stack.enter_async_context(running_sampler(learner.address, tmp_path / "s"))
+            while (await sampler.event("version_loaded"))["version"] == 0:
+                pass
+        before = (await sampler.scrape())["verdicts_total", "accepted"]
+        # Groups that were out are of another size, so that no version comes by them.
+        async with running_learner(config(learner.address, 2)):
+            await sampler.event("registered")
+            async with asyncio.timeout(30):  # the next regular heartbeat is at least 48 s away
+                await sampler.until_accepted(int(before) + 12)
 
 
 async def test_a_sampler_that_can_make_no_group_does_not_use_up_the_tries_that_prompts_have(tmp_path: Path) -> None:
