@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from services.monitor.client import MonitorClient
+    from services.monitor.health import is_serving
     from services.monitor.why import findings
     from services.runtime.terminal import visible
 
@@ -21,7 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     async def ask() -> list[str]:
         async with MonitorClient(arguments.learner, tls) as client:
-            return findings(await client.status())
+            status = await client.status()
+        return findings(status, serving=await is_serving(arguments.learner, tls))
 
     sentences = asyncio.run(ask())
     print(json.dumps(sentences) if arguments.json else visible("\n".join(sentences)))

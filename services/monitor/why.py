@@ -5,13 +5,20 @@ from services.monitor.views import human_bytes, phase_name
 
 _IDLE_WORTH_SAYING = 0.10
 _DROPPED_WORTH_SAYING = 0.01
+_NOTHING = "nothing stands in the way"
+_NO_ROOM = (
+    "the learner is not serving: its disk is full, and groups stay in their spools until there is room (`disk_full` in "
+    "its log says what waits), or it is about to end"
+)
 
 
-def findings(status: monitor_pb2.RunStatus) -> list[str]:
-    """Sentences, most important first; a healthy run yields the one that says so."""
+def findings(status: monitor_pb2.RunStatus, *, serving: bool = True) -> list[str]:
+    """Sentences, most important first; a healthy run yields the one that says so. `serving`: the learner's health."""
+    if not serving:
+        return [_NO_ROOM, *(found for found in findings(status) if not found.startswith(_NOTHING))]
     standstill, causes = _standstill(status), [*_samplers(status), *_losses(status), *_lessons(status)]
     found = [*standstill, *_idle(status, explained=bool(standstill or causes)), *causes]
-    return found or [f"nothing stands in the way: the learner is {phase_name(status)}, idle {status.idle_share:.0%}"]
+    return found or [f"{_NOTHING}: the learner is {phase_name(status)}, idle {status.idle_share:.0%}"]
 
 
 def _standstill(status: monitor_pb2.RunStatus) -> list[str]:

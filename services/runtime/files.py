@@ -13,18 +13,19 @@ from services.runtime.errors import DiskFullError, HeteroRLError, StorageError
 LOCK_NAME = ".lock"
 _LEFT_OVER = f".*.{'[0-9a-f]' * 16}.tmp"
 """What `atomic_write` was writing when its process was killed."""
+_NO_ROOM = {errno.ENOSPC: ": free disk space, or inodes (df -i)", errno.EDQUOT: ": the quota is used up"}
 
 
 @contextlib.contextmanager
 def storage_errors(what: str) -> Generator[None]:
     """Turns OSError inside into StorageError, or its DiskFullError: "cannot WHAT: No space left on device: free disk
-    space"."""
+    space, or inodes (df -i)"."""
     try:
         yield
     except HeteroRLError:  # some are OSErrors too: a link that broke is no fault of the disk
         raise
     except OSError as error:
-        advice = {errno.ENOSPC: ": free disk space", errno.EDQUOT: ": the quota is used up"}.get(error.errno or 0, "")
+        advice = _NO_ROOM.get(error.errno or 0, "")
         kind = DiskFullError if advice else StorageError
         raise kind(f"cannot {what}: {error.strerror or error}{advice}") from error
 

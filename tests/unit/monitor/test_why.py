@@ -11,6 +11,14 @@ def test_a_healthy_run_says_that_nothing_stands_in_the_way():
     assert findings(status) == ["nothing stands in the way: the learner is training, idle 0%"]
 
 
+def test_a_learner_that_is_not_serving_is_told_first_and_never_called_healthy():
+    status = monitor_pb2.RunStatus(phase=monitor_pb2.LEARNER_PHASE_TRAINING, samplers=[sampler()])
+    (sentence,) = findings(status, serving=False)
+    assert sentence.startswith("the learner is not serving: its disk is full")
+    status.groups_acknowledged, status.groups_dropped["STALE"] = 4, 1
+    assert findings(status, serving=False) == [sentence, *findings(status)]
+
+
 def test_a_run_without_samplers_says_how_to_start_one():
     (sentence,) = findings(monitor_pb2.RunStatus())
     assert "no sampler has registered" in sentence

@@ -42,7 +42,9 @@ def test_a_write_that_fails_keeps_the_old_content_and_leaves_nothing_behind(tmp_
 def test_a_missing_folder_and_a_full_disk_are_one_sentence(tmp_path: Path):
     with pytest.raises(StorageError, match="No such file or directory"):
         atomic_write(tmp_path / "absent" / "file", b"x")
-    full = pytest.raises(StorageError, match="cannot write /dev/full: No space left on device: free disk space")
+    full = pytest.raises(
+        StorageError, match=r"cannot write /dev/full: No space left on device: free disk space, or inodes \(df -i\)"
+    )
     with full, storage_errors("write /dev/full"):
         Path("/dev/full").write_bytes(b"x")
 
