@@ -157,11 +157,11 @@ class RunState:
         ]
 
     def add_evals(self, records: Iterable[Record]) -> None:
-        """Those that the checkpoint did not hold yet."""
-        known = {point.round for point in self.evals}
+        """Those that the checkpoint did not hold yet. A journal that is newer or older than it counts rounds anew."""
+        known = {(point.round, point.policy_version) for point in self.evals}
         for record in records:
             number = int(record.metrics[EVAL_ROUND])
-            if number not in known:
+            if (number, record.step) not in known:
                 point = EvalPoint(
                     round=number,
                     policy_version=record.step,

@@ -11,6 +11,8 @@ import pytest
 from services.learner.admission import Standing
 from services.learner.data_plane import JOURNAL_FILE, DataPlane
 from services.learner.data_settings import DataSettings
+from services.learner.records import EVAL_ROUND, Record
+from services.learner.run_state import EvalPoint, RunState
 from services.runtime.errors import StorageError
 from services.wire.types import Verdict, VerdictCode
 from tests.support.data_side import GROUP_SIZE, Clock, dataset, envelope, group_for, open_plane, root, settings
@@ -58,6 +60,14 @@ async def test_a_new_journal_beside_old_versions_does_not_count_epochs_anew(tmp_
     plane = await plane_again(tmp_path, known_epoch=7)
     assert plane.learner_epoch == 8
     await plane.close()
+
+
+def test_evaluations_that_a_new_journal_numbered_anew_are_not_taken_for_those_of_the_checkpoint() -> None:
+    state = RunState()
+    state.evals = [EvalPoint(round=n, policy_version=10 * n, accuracy=0.5, prompts=4, wall_s=n) for n in (1, 2)]
+    metrics = {"accuracy": 0.5, "eval_prompts": 4.0}
+    state.add_evals(Record(step=step, wall_s=9.0, metrics={**metrics, EVAL_ROUND: n}) for step, n in ((20, 2), (30, 1)))
+    assert [(point.policy_version, point.round) for point in state.evals] == [(10, 1), (20, 2), (30, 1)]
 
 
 async def test_a_journal_that_fails_in_any_call_ends_the_process(tmp_path: Path) -> None:
