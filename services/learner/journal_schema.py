@@ -1,9 +1,7 @@
 """The journal's file: its tables, how it is opened, and what a starting learner reads from it."""
 
 import errno
-import os
 import sqlite3
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +10,7 @@ from services.learner.journal_rows import PURPOSE_EVAL, drop_reason
 from services.learner.published import VersionRow
 from services.learner.tally import Tally
 from services.runtime.errors import ConfigError, DiskFullError, StorageError
+from services.runtime.files import refusal_of
 from services.wire.types import VerdictCode
 
 _ValueT = TypeVar("_ValueT", int, str)
@@ -118,14 +117,7 @@ def fault_of(path: Path, error: sqlite3.Error | OSError) -> StorageError:
 
 def is_used_up(directory: Path) -> bool:
     """Whether a file can be written there no more because the disk or a quota is used up."""
-    try:
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(bytes(1 << 16))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return False
+    return refusal_of(directory) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def get_meta(connection: sqlite3.Connection, key: str, default: _ValueT) -> _ValueT:

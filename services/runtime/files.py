@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import secrets
+import tempfile
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def storage_errors(what: str) -> Generator[None]:
         advice = _NO_ROOM.get(error.errno or 0, "")
         kind = DiskFullError if advice else StorageError
         raise kind(f"cannot {what}: {error.strerror or error}{advice}") from error
+
+
+def refusal_of(directory: Path) -> int:
+    """Why nothing can be written there now, as an errno; 0 where a small file can."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def atomic_write(path: Path, data: bytes, mode: int = 0o666) -> None:

@@ -1,5 +1,6 @@
 """The spool's SQLite file. Synchronous; one connection, used by one thread only (`spool.Spool` owns that thread)."""
 
+import errno
 import hashlib
 import os
 import sqlite3
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from services.runtime import failpoints
 from services.runtime.errors import ConfigError, DiskFullError, StorageError
-from services.runtime.files import sync_directory
+from services.runtime.files import refusal_of, sync_directory
 from services.runtime.log import get_logger
 from services.wire.types import GroupEnvelope
 
@@ -27,8 +28,10 @@ CREATE TABLE groups (
 """
 _FORMAT = 1
 _REFUSED_WRITES = frozenset({sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
-"""What SQLite makes of a used-up quota, and of no room for its shared memory. Unlike after a failed fsync, nothing was
-taken for written."""
+"""What SQLite makes of a used-up quota, and of no room for its shared memory; and of a disk that fails. Unlike after a
+failed fsync, nothing was taken for written."""
+_NO_ROOM = (0, errno.ENOSPC, errno.EDQUOT)
+"""What a small file beside it says then: 0 where there is room for that, and was none for a group."""
 
 
 def uuid7(unix_ms: int, random_bytes: bytes) -> str:
@@ -58,7 +61,7 @@ class SpoolFile:
             same_run = self.run_id == run_id
             self._set_aside(f"sampler-{self.sampler_id}" if same_run else f"run-{self.run_id}")
             self._take(self._open())
-        with _storage("write"), self._db:
+        with _storage("write", self._path), self._db:
             self._db.execute("UPDATE meta SET run_id = ?, sampler_id = ?", (run_id, sampler_id))
         self.run_id, self.sampler_id = run_id, sampler_id
 
@@ -70,7 +73,7 @@ class SpoolFile:
     def append(self, payload: bytes) -> int:
         """The group's seq, once it is on disk."""
         row = (uuid7(time.time_ns() // 1_000_000, os.urandom(10)), hashlib.sha256(payload).digest(), payload)
-        with _storage("write"), self._db:
+        with _storage("write", self._path), self._db:
             cursor = self._db.execute("INSERT INTO groups (group_id, content_sha256, payload) VALUES (?, ?, ?)", row)
             failpoints.hit("spool.before_commit")
         failpoints.hit("spool.after_commit")
@@ -82,7 +85,7 @@ class SpoolFile:
         found: list[GroupEnvelope] = []
         size = 0
         query = "SELECT seq, group_id, content_sha256, payload FROM groups WHERE seq >= ? ORDER BY seq"
-        with _storage("read"), closing(self._db.execute(query, (seq,))) as rows:
+        with _storage("read", self._path), closing(self._db.execute(query, (seq,))) as rows:
             for number, group_id, digest, payload in rows:
                 size += len(payload)
                 if found and size > max_bytes:
@@ -92,14 +95,14 @@ class SpoolFile:
 
     def delete_through(self, seq: int) -> None:
         """Forgets acknowledged groups."""
-        with _storage("write"), self._db:
+        with _storage("write", self._path), self._db:
             self._db.execute("DELETE FROM groups WHERE seq <= ?", (seq,))
             failpoints.hit("spool.before_delete_commit")
 
     def renumber(self) -> None:
         """A new spool id with seqs from 1: for a learner that has lost what it had acknowledged."""
         spool_id = str(uuid.uuid4())
-        with _storage("write"), self._db:
+        with _storage("write", self._path), self._db:
             first = self._db.execute("SELECT MIN(seq) FROM groups").fetchone()[0] or 1
             # Through negative numbers: an UPDATE that shifts keys downwards may meet keys that are still in place.
             self._db.execute("UPDATE groups SET seq = -(seq - ?)", (first - 1,))
@@ -111,7 +114,7 @@ class SpoolFile:
 
     def measure(self) -> tuple[int, int, int, int]:
         """(groups, bytes of payload, lowest seq or 0, seq of the next group)."""
-        with _storage("read"):
+        with _storage("read", self._path):
             query = "SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0), COALESCE(MIN(seq), 0) FROM groups"
             groups, size, first = self._db.execute(query).fetchone()
             last = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'groups'").fetchone()
@@ -125,7 +128,7 @@ class SpoolFile:
             return self._connect()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
-                raise _fault(f"cannot open {self._path}", error) from error
+                raise _fault(f"cannot open {self._path}", error, self._path) from error
             _log.error("spool_damaged", path=self._path, error=error)
             self._rename("damaged")
             return self._connect()
@@ -176,16 +179,20 @@ class SpoolFile:
 
 
 @contextmanager
-def _storage(what: str) -> Generator[None]:
+def _storage(what: str, path: Path) -> Generator[None]:
     """Turns SQLite's errors into DiskFullError or StorageError."""
     try:
         yield
     except sqlite3.Error as error:
-        raise _fault(f"cannot {what} the spool", error) from error
+        raise _fault(f"cannot {what} the spool", error, path) from error
 
 
-def _fault(failure: str, error: sqlite3.Error) -> StorageError:
-    code = getattr(error, "sqlite_errorcode", 0)
-    if code & 0xFF == sqlite3.SQLITE_FULL or code in _REFUSED_WRITES:
+def _fault(failure: str, error: sqlite3.Error, path: Path) -> StorageError:
+    code, reason = getattr(error, "sqlite_errorcode", 0), ""
+    full = code & 0xFF == sqlite3.SQLITE_FULL
+    if code in _REFUSED_WRITES:
+        refusal = refusal_of(path.parent)
+        full, reason = refusal in _NO_ROOM, f" ({os.strerror(refusal)})"
+    if full:
         return DiskFullError(f"{failure}: {error}; free disk space, or its quota")
-    return StorageError(f"{failure}: {error}; check the disk and who may write there")
+    return StorageError(f"{failure}: {error}{reason}; check the disk and who may write there")

@@ -1,4 +1,7 @@
 import asyncio
+import errno
+import resource
+import signal
 import sqlite3
 import uuid
 from collections.abc import AsyncIterator
@@ -8,6 +11,8 @@ import pytest
 
 from services.runtime import failpoints
 from services.runtime.errors import ConfigError, DiskFullError, StorageError
+from services.runtime.files import refusal_of
+from services.sampler import spool_file
 from services.sampler.spool import Spool
 from services.sampler.spool_file import _fault, uuid7
 
@@ -218,12 +223,35 @@ async def test_a_spool_of_a_later_format_is_refused_and_left_alone(tmp_path: Pat
 
 
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE])
-def test_a_refused_write_is_tried_again_and_a_failed_fsync_is_not(code: int) -> None:
+def test_a_refused_write_is_tried_again_and_a_failed_fsync_is_not(code: int, tmp_path: Path) -> None:
     refused = sqlite3.OperationalError("disk I/O error")
     refused.sqlite_errorcode = code  # type: ignore[misc]
-    assert isinstance(_fault("cannot write", refused), DiskFullError)
+    assert isinstance(_fault("cannot write", refused, tmp_path / "spool.db"), DiskFullError)
     refused.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC  # type: ignore[misc]
-    assert not isinstance(_fault("cannot write", refused), DiskFullError)
+    assert not isinstance(_fault("cannot write", refused, tmp_path / "spool.db"), DiskFullError)
+
+
+@pytest.mark.parametrize(("refusal", "full"), [(0, True), (errno.EDQUOT, True), (errno.EROFS, False)])
+async def test_a_used_up_quota_is_told_apart_from_a_disk_that_became_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int, full: bool
+) -> None:
+    spool = await Spool.open(tmp_path / "spool.db", 1 << 30)
+    monkeypatch.setattr(spool_file, "refusal_of", lambda directory: refusal if directory == tmp_path else 0)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # SQLite calls all three an I/O error
+    try:
+        with pytest.raises(StorageError) as caught:
+            spool._file.append(bytes(2_000_000))
+        assert refusal_of(tmp_path) == 0
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+        assert refusal_of(tmp_path) == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert isinstance(caught.value, DiskFullError) is full
+    assert full or "Read-only file system" in str(caught.value)
+    spool._file.append(b"there is room again")
+    await spool.close()
 
 
 async def test_a_disk_too_full_to_forget_keeps_the_groups_until_the_next_acknowledgement(tmp_path: Path) -> None:
