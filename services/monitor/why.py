@@ -61,7 +61,8 @@ def _samplers(status: monitor_pb2.RunStatus) -> list[str]:
             sentences.append(f"{name} is fetching v{fetch.target_version}: {human_bytes(left)} to go{speed}{eta}")
         elif sampler.state == types_pb2.SAMPLER_STATE_SPOOL_FULL:
             sentences.append(
-                f"{name} stands still: its spool is full with {report.spool_groups} groups not acknowledged"
+                f"{name} stands still: its spool is at its limit or its disk is full, and {report.spool_groups} groups "
+                "are not acknowledged"
             )
         made = report.groups_total + sum(report.groups_dropped.values())
         sentences += [

@@ -41,6 +41,14 @@ def test_what_stands_in_the_way_comes_before_how_idle_the_learner_was_and_no_mor
     assert not any("more or faster samplers" in sentence for sentence in found)
 
 
+def test_a_sampler_that_cannot_write_is_not_said_to_have_a_full_spool_without_groups():
+    full = sampler(state=types_pb2.SAMPLER_STATE_SPOOL_FULL, report=control_pb2.HeartbeatRequest(spool_groups=0))
+    (sentence,) = findings(monitor_pb2.RunStatus(samplers=[full]))
+    assert sentence == (
+        "eu-1 stands still: its spool is at its limit or its disk is full, and 0 groups are not acknowledged"
+    )
+
+
 def test_a_report_of_no_groups_at_all_breaks_nothing():
     report = control_pb2.HeartbeatRequest(groups_dropped={"scoring_failed": 0})
     assert not any(
