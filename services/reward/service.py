@@ -123,7 +123,10 @@ async def serve(process: Process, listen: str, pool: Pool) -> None:
         await server.stop(DRAIN_S)
         _log.info("drained", scored=pool.stats.scored, restarts=pool.stats.restarts)
     if isinstance(place, Path):
-        place.unlink(missing_ok=True)
+        try:
+            place.unlink(missing_ok=True)
+        except OSError as error:  # a disk that became read-only: the next start removes it
+            _log.warning("socket_not_removed", path=place, error=error)
 
 
 class _Health(Protocol):

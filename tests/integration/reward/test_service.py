@@ -192,3 +192,26 @@ async def test_the_command_serves_is_healthy_and_drains_on_sigterm(tmp_path: Pat
             process.kill()
             await process.wait()
     assert not (tmp_path / "r.sock").exists()
+
+
+async def test_a_socket_that_cannot_be_removed_does_not_turn_a_drain_into_a_fault(tmp_path: Path) -> None:
+    socket = tmp_path / "r.sock"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.cli", "reward", "serve", "--listen", f"unix://{socket}", "--workers=1"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        channel = grpc.aio.insecure_channel(f"unix:{socket}")
+        health = health_pb2_grpc.HealthStub(channel)
+        await health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=30)
+        await channel.close()
+        socket.unlink()
+        socket.mkdir()
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            _, told = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0
+    assert b"socket_not_removed" in told
