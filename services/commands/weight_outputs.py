@@ -5,12 +5,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 from services.runtime.errors import BadInputError, InputMissingError, UsageError
 from services.runtime.files import atomic_write, storage_errors, sync_directory
-from services.wire.delta import Weights, write_weights
 from services.wire.delta.files import INDEX_NAME, SINGLE_NAME, SUFFIX, is_update, weight_files
 
 _NUMBERED = re.compile(r"(.+)-\d{5,}-of-\d{5,}\.safetensors", re.DOTALL)
@@ -69,8 +68,9 @@ def write_parts(out: Path, paths: Sequence[Path], parts: Iterable[bytes]) -> Non
         sync_directory(folder)
 
 
-def write_checkpoint(weights: Weights, base: Path, out: Path) -> None:
-    """A folder with the weights in one file, and what BASE has beside its own. OUT may be BASE, whose weights go then.
+def write_checkpoint(write: Callable[[Path], None], base: Path, out: Path) -> None:
+    """A folder with the weights, which `write` puts into one file, and what BASE has beside its own. OUT may be BASE,
+    whose weights go then.
 
     Raises UsageError where OUT holds another checkpoint, StorageError.
     """
@@ -80,7 +80,7 @@ def write_checkpoint(weights: Weights, base: Path, out: Path) -> None:
     replaced = weight_files(base) if in_place else []
     with _folder(out, make=True):
         with _copied_beside(base, out, really=base.is_dir() and not in_place):
-            write_weights(weights, out / SINGLE_NAME)
+            write(out / SINGLE_NAME)
         with storage_errors(f"remove the old weights of {out}"):
             if in_place:
                 (out / INDEX_NAME).unlink(missing_ok=True)

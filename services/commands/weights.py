@@ -110,28 +110,38 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _apply(args: argparse.Namespace) -> int:
     from services.commands.weight_outputs import find_parts, refuse_inputs, write_checkpoint
-    from services.wire.delta import inspect, read_weights, write_weights
-    from services.wire.delta.files import SINGLE_NAME, SUFFIX, weight_files
+    from services.wire.delta import read_weights
+    from services.wire.delta.decode import survey
+    from services.wire.delta.files import SINGLE_NAME, SUFFIX, weight_files, weights_in_file
 
     parts = find_parts(args.delta)
     base = read_weights(args.base, mapped=True)
-    info = inspect(parts)
+    whole = survey(parts)
+
+    def write(path: Path) -> None:
+        with weights_in_file(whole.forms, path) as tensors:
+            made = _applied(parts, base, args, tensors)
+            if any(made[name] is not tensors[name] for name in made):
+                raise RuntimeError("the weights were made beside their file")
+
     if args.out.name.endswith(SUFFIX):
         of_base = weight_files(args.base)
         refuse_inputs([args.out], [*parts, *(of_base if len(of_base) > 1 else ())])
-        write_weights(_applied(parts, base, args), args.out)
+        write(args.out)
     else:
         refuse_inputs([args.out / SINGLE_NAME], parts)
-        write_checkpoint(_applied(parts, base, args), args.base, args.out)
-    print(f"{args.out}: version {info.target_version}, root {info.target_root}, verified")
+        write_checkpoint(write, args.base, args.out)
+    print(f"{args.out}: version {whole.info.target_version}, root {whole.info.target_root}, verified")
     return 0
 
 
-def _applied(parts: "Sequence[Path]", base: "Weights", args: argparse.Namespace) -> "Weights":
+def _applied(
+    parts: "Sequence[Path]", base: "Weights", args: argparse.Namespace, staging: "Weights | None" = None
+) -> "Weights":
     from services.wire.delta import WrongBaseError, apply_update
 
     try:
-        return apply_update(parts, base, workers=args.workers)
+        return apply_update(parts, base, workers=args.workers, staging=staging)
     except WrongBaseError as error:
         raise WrongBaseError(f"{args.base}: {error}") from error
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Generator, Iterable
+from io import BufferedRandom
 from pathlib import Path
 
 from services.runtime.errors import DiskFullError, HeteroRLError, StorageError
@@ -51,7 +52,15 @@ def atomic_write(path: Path, data: bytes, mode: int = 0o666) -> None:
 def atomic_write_blocks(
     path: Path, blocks: Iterable[bytes | memoryview], mode: int = 0o666, *, durable: bool = True
 ) -> None:
-    """Readers see the old content or the new one, and after a power loss too. Raises StorageError.
+    """As `replaced`, of these blocks."""
+    with replaced(path, mode, durable=durable) as file:
+        file.writelines(blocks)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, mode: int = 0o666, *, durable: bool = True) -> Generator[BufferedRandom]:
+    """A new file that takes the place of `path` when the block ends well. Readers see the old content or the new one,
+    and after a power loss too. Raises StorageError.
 
     The content is on disk before its name is (fsync, rename), and the name is when this returns (fsync of the folder).
     Not `durable`: until both are synced the name may stand for anything after a power loss. `mode` is what the
@@ -59,10 +68,10 @@ def atomic_write_blocks(
     """
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     with storage_errors(f"write {path}"):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.writelines(blocks)
+            with os.fdopen(descriptor, "w+b") as file:
+                yield file
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())

@@ -42,8 +42,12 @@ def header_bytes(length_field: bytes, file_bytes: int, limit: int = MAX_HEADER_B
     if len(length_field) < HEADER_LENGTH.size:
         raise CorruptObjectError("the file is too short to be a safetensors file")
     length: int = HEADER_LENGTH.unpack(length_field)[0]
-    if not 2 <= length <= min(limit, file_bytes - HEADER_LENGTH.size):
+    if not 2 <= length <= file_bytes - HEADER_LENGTH.size:
         raise CorruptObjectError("the file is not a safetensors file: its header does not fit")
+    if length > limit:
+        raise CorruptObjectError(
+            f"the file has a header of {length} bytes, of which {limit} are read here: cut it into more files"
+        )
     return length
 
 

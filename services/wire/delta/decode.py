@@ -182,7 +182,9 @@ def survey_parts(parts: Iterable[Part]) -> Survey:
                 segments.setdefault(segment.name, []).append(segment)
     if not infos:
         raise CorruptObjectError("there is no part of a weight update")
-    if len(infos) != infos[0].shards or len(shards) != len(infos):
+    if len(shards) != len(infos):
+        raise CorruptObjectError("a part of a weight update is there more than once: give each once")
+    if len(infos) != infos[0].shards:
         raise CorruptObjectError(
             f"{len(shards)} of the {infos[0].shards} parts of a weight update are there: fetch all, each once"
         )

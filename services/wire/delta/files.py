@@ -17,9 +17,18 @@ from services.runtime.errors import (
     InvalidWeightsError,
     StorageError,
 )
-from services.runtime.files import atomic_write_blocks
+from services.runtime.files import atomic_write_blocks, replaced
 from services.wire.delta.container import HEADER_LENGTH, build_header, header_bytes, parse_header
-from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, BitTensor, Weights, check_form, forms_of
+from services.wire.delta.tensors import (
+    BITS_TYPE,
+    ITEM_BYTES,
+    Bits,
+    BitTensor,
+    TensorForm,
+    Weights,
+    check_form,
+    forms_of,
+)
 from services.wire.delta.update import FORMATS
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -80,9 +89,38 @@ def is_update(path: Path) -> bool:
 
 def write_weights(weights: Weights, path: str | Path) -> None:
     """One .safetensors file, durable before it appears under its name. Raises StorageError or InvalidWeightsError."""
-    forms = sorted(forms_of(weights), key=lambda form: (-form.item_bytes, form.name))
-    head = build_header({"format": "pt"}, [(form.name, form.dtype, form.shape) for form in forms])
+    forms, head = _file_of(forms_of(weights))
     atomic_write_blocks(Path(path), _blocks(head, [weights[form.name] for form in forms]))
+
+
+@contextmanager
+def weights_in_file(forms: Iterable[TensorForm], path: Path) -> Generator[dict[str, BitTensor]]:
+    """Tensors to be filled, in a file that `write_weights` would have made and that gets its name when the block ends
+    well: memory for what is touched, which the system may write out at any time. Raises StorageError.
+
+    The room on disk is taken first: a mapped file has no way to say that there is none.
+    """
+    ordered, head = _file_of(forms)
+    with replaced(path) as file:
+        os.posix_fallocate(file.fileno(), 0, len(head) + sum(form.elements * form.item_bytes for form in ordered))
+        file.write(head)
+        file.flush()
+        whole = np.memmap(file, np.uint8, mode="r+")
+        tensors: dict[str, BitTensor] = {}
+        start = len(head)
+        for form in ordered:
+            stop = start + form.elements * form.item_bytes
+            bits = np.asarray(whole[start:stop]).view(BITS_TYPE[form.item_bytes])
+            tensors[form.name] = BitTensor(dtype=form.dtype, shape=form.shape, bits=bits)
+            start = stop
+        yield tensors
+        whole.flush()
+
+
+def _file_of(forms: Iterable[TensorForm]) -> tuple[list[TensorForm], bytes]:
+    """The order of the tensors in a file, and what comes before them."""
+    ordered = sorted(forms, key=lambda form: (-form.item_bytes, form.name))
+    return ordered, build_header({"format": "pt"}, [(form.name, form.dtype, form.shape) for form in ordered])
 
 
 def _blocks(head: bytes, tensors: Iterable[BitTensor]) -> Iterator[bytes | memoryview]:

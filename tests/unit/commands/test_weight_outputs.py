@@ -15,8 +15,7 @@ import pytest
 
 from services.cli import main
 from services.commands import weight_outputs
-from services.runtime.errors import StorageError
-from services.wire.delta import BitTensor, layout, read_weights, write_weights
+from services.wire.delta import BitTensor, decode, layout, read_weights, write_weights
 from tests.unit.wire.delta.samples import model, nudged, same, tensor
 
 Policy = dict[str, BitTensor]
@@ -186,12 +185,36 @@ def test_an_apply_that_fails_leaves_no_folder(
     base = checkpoint(tmp_path / "hf", pair[0])
     assert weights("diff", base, "new.safetensors", "-o", "d.safetensors") == 0
 
-    def full(*_: object) -> None:
-        raise StorageError("cannot write: no space left on device")
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(weight_outputs, "write_weights", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = sorted(contents(tmp_path))
     assert weights("apply", base, "d.safetensors", "-o", "out") == 74
-    assert not Path("out").exists()
+    assert weights("apply", base, "d.safetensors", "-o", "out.safetensors") == 74
+    assert sorted(contents(tmp_path)) == before
+
+
+def test_an_apply_makes_the_weights_in_their_file(pair: tuple[Policy, Policy], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for the whole of a large model need not be there."""
+    assert weights("diff", "base.safetensors", "new.safetensors", "-o", "d.safetensors") == 0
+
+    def allocate(forms: object) -> Policy:
+        raise MemoryError(forms)
+
+    monkeypatch.setattr(decode, "allocate", allocate)
+    assert weights("verify", "d.safetensors", "--base", "base.safetensors") == 75
+    assert weights("apply", "base.safetensors", "d.safetensors", "-o", "out.safetensors") == 0
+    assert Path("out.safetensors").read_bytes() == Path("new.safetensors").read_bytes()
+
+
+def test_the_wrong_base_leaves_nothing_and_the_old_result(pair: tuple[Policy, Policy], tmp_path: Path) -> None:
+    assert weights("diff", "base.safetensors", "new.safetensors", "-o", "d.safetensors") == 0
+    assert weights("apply", "base.safetensors", "d.safetensors", "-o", "out.safetensors") == 0
+    before = contents(tmp_path)
+    assert weights("apply", "new.safetensors", "d.safetensors", "-o", "out.safetensors") == 65
+    assert weights("apply", "new.safetensors", "d.safetensors", "-o", "folder") == 65
+    assert contents(tmp_path) == before
 
 
 def test_only_what_is_not_weights_goes_with_a_checkpoint(pair: tuple[Policy, Policy], tmp_path: Path) -> None:
