@@ -147,7 +147,7 @@ def measure_against(profile: dict[str, object], traces: Path, turns: int) -> dic
         checkpoint = write_checkpoint(trace(traces, 1), folder / "files")
         http, http_verify, rsync = measure_checkpoint(folder, a, b, checkpoint, traces)
     ours = statistics.median(float(str(row["delta_s"])) for row in rows)
-    phases = [key for key in rows[0] if key.endswith("_s")]
+    phases = [key for key in rows[0] if key.endswith(("_s", "_mib"))]
     return {
         **{key: value for key, value in profile.items() if key != "mbytes"},
         "threads": THREADS,
@@ -222,6 +222,8 @@ def phases_of(out: dict[str, object], came: dict[str, object]) -> dict[str, obje
         "store_s": out["store_s"],
         "first_named_s": round(reached - following - began, 3),
         "last_came_s": round(reached - float(str(came["apply_s"])) - began, 3),
+        "learner_more_mib": out["more_mib"],
+        "sampler_more_mib": came["more_mib"],
         "plan_from": came["plan_from"],
     }
 

@@ -66,10 +66,11 @@ async def serve(folder: Path, sizes: Sequence[int], traces: Path | None) -> None
         print(json.dumps(facts), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             number = int(line)
+            memory = Peak()
             began = time.monotonic()
             await site.publisher.publish(number, versions[number % 2])
             row = {**events.newest["version_published"], "began": began, "done": time.monotonic(), "root": site.root}
-            print(json.dumps(row), flush=True)
+            print(json.dumps(row | {"more_mib": memory.more_mib}), flush=True)
         raw.close()
 
 
@@ -97,6 +98,23 @@ class Meter:
         yield
         self.row = {"wall": round(time.perf_counter() - began, 3)}
         self.row |= {f"{name}_cpu": round(cpu_s(pid) - before[name], 2) for name, pid in self.pids.items()}
+
+
+class Peak:
+    """Of this process's resident memory, from now on (proc(5): 5 in clear_refs makes VmHWM begin anew)."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status_kib("VmRSS")
+
+    @property
+    def more_mib(self) -> float:
+        return round((_status_kib("VmHWM") - self._before) / 1024, 1)
+
+
+def _status_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def cpu_s(pid: int) -> float:
@@ -213,8 +231,10 @@ async def follow(folder: Path, facts: dict[str, object], traces: Path) -> None:
         running.append(tasks.create_task(follower.follow(NoEngine())))  # type: ignore[arg-type]
         print(json.dumps({"version": 0}), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
+            memory = Peak()
             await follower.reached(int(line))
             row = {**events.newest["version_fetched"], "reached": time.monotonic(), "root": follower.root}
+            row["more_mib"] = memory.more_mib
             await asyncio.sleep(RECYCLING_S)
             print(json.dumps(row), flush=True)
         for task in running:
