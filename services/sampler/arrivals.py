@@ -9,7 +9,7 @@ Nothing here is believed: what the objects make is used once a signed manifest h
 import asyncio
 from collections.abc import Callable, Iterable
 
-from services.wire.types import TABLES_BYTES, Announcement, Coming, ObjectRef, Plan
+from services.wire.types import TABLES_BYTES, Announcement, Coming, ObjectRef, Plan, PlanStep
 
 
 class Arrivals:
@@ -18,6 +18,8 @@ class Arrivals:
     def __init__(self, coming: Coming, most_bytes: int) -> None:
         self.base_root = coming.base_root
         self.target_version = coming.target_version
+        self._target_root = coming.target_root
+        """Empty while the learner does not know it."""
         self.plan: Plan | None = None
         """The whole of it, once it is announced; None where it was given up."""
         self.over = False
@@ -37,24 +39,26 @@ class Arrivals:
     def hear(self, announcement: Announcement) -> None:
         """Takes what belongs to this update; anything else ends it."""
         update, coming = announcement.update, announcement.coming
-        ours = self.base_root, self.target_version
         known = len(self.refs)
         if (
             coming is not None
-            and (coming.base_root, coming.target_version) == ours
+            and self._is_ours(coming)
             and announcement.manifest.decoded.root == self.base_root
             and coming.first <= known
+            and _agree(coming.objects, self.refs[coming.first :])
         ):
+            self._target_root = self._target_root or coming.target_root
             self._add(coming.objects[known - coming.first :])
             return
-        if (
-            update is not None
-            and (update.base_root, update.target_version) == ours
-            and update.objects[:known] == self.refs
-        ):
+        if update is not None and self._is_ours(update) and update.objects[:known] == self.refs:
             self._add(update.objects[known:])
             self.plan = None if self.over else Plan(target=announcement.manifest, steps=(update,))
         self.give_up()
+
+    def _is_ours(self, update: Coming | PlanStep) -> bool:
+        if self._target_root and update.target_root not in ("", self._target_root):
+            return False
+        return (update.base_root, update.target_version) == (self.base_root, self.target_version)
 
     def give_up(self) -> None:
         """Nothing more will come, unless the plan is there."""
@@ -77,6 +81,11 @@ class Arrivals:
         self.refs += refs
         self._named(refs)
         self._news.set()
+
+
+def _agree(named: Iterable[ObjectRef], known: Iterable[ObjectRef]) -> bool:
+    """Whether objects that are named again are the same: an update that was given up is made again under its number."""
+    return all(one == other for one, other in zip(named, known, strict=False))
 
 
 def _nobody(_: Iterable[ObjectRef]) -> None: ...

@@ -71,8 +71,19 @@ OTHERS = [
     Announcement(manifest=signed(2, "e" * 64), update=None, coming=coming(2, 3)),
     whole(REFS[1:]),
     replace(whole(), update=replace(whole().update, target_root="e" * 64)),  # type: ignore[type-var]
+    Announcement(manifest=signed(1, BASE), update=None, coming=replace(coming(0, 1), objects=REFS[2:])),
     replace(told(2, 2), coming=replace(coming(2, 2), objects=(ObjectRef(object_id="f" * 64, size_bytes=1 << 40),))),
 ]
+
+
+async def test_the_root_may_be_named_late() -> None:
+    arrivals = Arrivals(replace(coming(0, 1), target_root=""), FULL_BYTES)
+    arrivals.hear(replace(told(1, 3), coming=replace(coming(1, 3), target_root="")))
+    arrivals.hear(told(3, 4))
+    arrivals.hear(replace(told(0, 1), coming=replace(coming(0, 1), target_root="")))
+    arrivals.hear(whole())
+    assert await all_of(arrivals) == list(REFS)
+    assert arrivals.plan is not None
 
 
 @pytest.mark.parametrize("other", OTHERS)
