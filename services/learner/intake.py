@@ -259,7 +259,7 @@ class Intake:
             sampler = self._sessions.find(arrival.sampler_id)
             if sampler is not None and not sampler.quarantined:
                 self._warn(arrival, Fault.ID_REUSE)
-                _raise_streak(sampler)
+                _raise_streak(sampler, Fault.ID_REUSE)
             return Verdict(seq=envelope.seq, code=VerdictCode.INVALID, reason=Fault.ID_REUSE.value)
         draft.resent += 1
         code = first.verdict if first else None
@@ -355,12 +355,13 @@ class Intake:
             name = LeaseName.parse(row.lease_id)
             earlier = name is not None and name.learner_epoch != self._sessions.learner_epoch
             if not (earlier and row.reason in _AFTER_RESTART):  # else no sampler's fault
-                _raise_streak(sampler)
+                _raise_streak(sampler, row.reason)
 
 
-def _raise_streak(sampler: Sampler) -> None:
+def _raise_streak(sampler: Sampler, reason: str) -> None:
     before = sampler.quarantined
     sampler.invalid_streak += 1
+    sampler.invalid_for = reason
     if sampler.quarantined and not before:
         _log.error("sampler_quarantined", sampler_id=sampler.sampler_id, until="it registers again")
 

@@ -45,6 +45,8 @@ class Sampler:
     groups_accepted: int = 0
     tokens_accepted: int = 0
     invalid_streak: int = 0
+    invalid_for: str = ""
+    """Why the last of them was refused."""
 
     @property
     def restarts(self) -> int:

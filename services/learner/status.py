@@ -92,6 +92,7 @@ class Observed:
             logprob_mismatch_max=mismatch.largest if mismatch else 0.0,
             logprob_mismatch_kl=mismatch.kl if mismatch else 0.0,
             evicted=sessions.is_evicted(sampler.sampler_id),
+            quarantined_for=sampler.invalid_for if sampler.quarantined else "",
         )
 
     def _session(self, sampler: Sampler) -> Session:

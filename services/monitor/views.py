@@ -20,6 +20,7 @@ _STATE_STYLE = {
     "SWAPPING": "cyan",
     "LOST": "bold red",
     "SPOOL_FULL": "red",
+    "QUARANTINED": "red",
     "STARTING": "yellow",
 }
 
@@ -85,7 +86,7 @@ def samplers_table(status: monitor_pb2.RunStatus) -> Table:
         table.add_column(column, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
     for sampler in status.samplers:
         report = sampler.report
-        state = state_name(sampler.state)
+        state = "QUARANTINED" if sampler.quarantined_for else state_name(sampler.state)
         doing = state
         if report.HasField("fetch") and report.fetch.bytes_total and state != "LOST":
             share = report.fetch.bytes_done / report.fetch.bytes_total

@@ -51,6 +51,11 @@ def _samplers(status: monitor_pb2.RunStatus) -> list[str]:
         report, name = sampler.report, sampler.sampler_id
         if sampler.evicted:
             sentences.append(f"{name} is evicted: `heterorl admin evict --allow {name}` lets it back")
+        elif sampler.quarantined_for:
+            sentences.append(
+                f"{name} is in quarantine, the groups that it sent were invalid ({sampler.quarantined_for}): the "
+                "learner's log has more; when that is mended, restart the sampler"
+            )
         elif sampler.state == types_pb2.SAMPLER_STATE_LOST:
             sentences.append(f"{name} is lost: no heartbeat for {sampler.last_seen_s:.0f} s")
         elif report.HasField("fetch") and report.fetch.bytes_total:

@@ -461,6 +461,7 @@ class SamplerStatus(google.protobuf.message.Message):
     EVICTED_FIELD_NUMBER: builtins.int
     LOGPROB_MISMATCH_MAX_FIELD_NUMBER: builtins.int
     LOGPROB_MISMATCH_KL_FIELD_NUMBER: builtins.int
+    QUARANTINED_FOR_FIELD_NUMBER: builtins.int
     sampler_id: builtins.str
     """Its id."""
     session_epoch: builtins.int
@@ -487,6 +488,10 @@ class SamplerStatus(google.protobuf.message.Message):
     """Largest such difference of one token, in nats; 0 when not measured."""
     logprob_mismatch_kl: builtins.float
     """Estimate of KL(q‖p) per token between its distribution and the trainer's at staleness 0, in nats; 0 when not measured."""
+    quarantined_for: builtins.str
+    """Why the last of the invalid groups was refused that put it into quarantine, where it gets no leases and none of its
+    groups is taken until it registers again; empty when it is not there.
+    """
     @property
     def report(self) -> heterorl.v1.control_pb2.HeartbeatRequest:
         """Its last heartbeat, without the leases that it named."""
@@ -508,10 +513,11 @@ class SamplerStatus(google.protobuf.message.Message):
         evicted: builtins.bool = ...,
         logprob_mismatch_max: builtins.float = ...,
         logprob_mismatch_kl: builtins.float = ...,
+        quarantined_for: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["report", b"report"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bytes_sent", b"bytes_sent", "evicted", b"evicted", "groups_accepted", b"groups_accepted", "hostname", b"hostname", "last_seen_s", b"last_seen_s", "logprob_mismatch", b"logprob_mismatch", "logprob_mismatch_kl", b"logprob_mismatch_kl", "logprob_mismatch_max", b"logprob_mismatch_max", "report", b"report", "restarts", b"restarts", "sampler_id", b"sampler_id", "session_epoch", b"session_epoch", "state", b"state", "tokens_accepted", b"tokens_accepted"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bytes_sent", b"bytes_sent", "evicted", b"evicted", "groups_accepted", b"groups_accepted", "hostname", b"hostname", "last_seen_s", b"last_seen_s", "logprob_mismatch", b"logprob_mismatch", "logprob_mismatch_kl", b"logprob_mismatch_kl", "logprob_mismatch_max", b"logprob_mismatch_max", "quarantined_for", b"quarantined_for", "report", b"report", "restarts", b"restarts", "sampler_id", b"sampler_id", "session_epoch", b"session_epoch", "state", b"state", "tokens_accepted", b"tokens_accepted"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SamplerStatus: typing_extensions.TypeAlias = SamplerStatus

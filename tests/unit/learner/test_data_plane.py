@@ -262,7 +262,10 @@ async def test_a_sampler_that_sends_only_rubbish_is_quarantined_until_it_registe
         verdict = await run.submit(envelope(9, group_for(lease)))
         assert isinstance(verdict, Verdict)
         assert verdict.code is VerdictCode.QUARANTINED
+        (sampler,) = run.plane.sessions.all()
+        assert (sampler.quarantined, sampler.invalid_for) == (True, "DOES_NOT_PARSE")
         await run.plane.sessions.register("eu-1")
+        assert not sampler.quarantined
         run.seq = 9
         await run.answer((await run.lease(1))[0])
 

@@ -49,6 +49,11 @@ def test_a_sampler_that_cannot_write_is_not_said_to_have_a_full_spool_without_gr
     )
 
 
+def test_a_sampler_in_quarantine_is_named_with_the_reason():
+    (sentence,) = findings(monitor_pb2.RunStatus(samplers=[sampler(quarantined_for="UNKNOWN_ROOT")]))
+    assert sentence.startswith("eu-1 is in quarantine, the groups that it sent were invalid (UNKNOWN_ROOT)")
+
+
 def test_a_report_of_no_groups_at_all_breaks_nothing():
     report = control_pb2.HeartbeatRequest(groups_dropped={"scoring_failed": 0})
     assert not any(
