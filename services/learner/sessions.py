@@ -160,9 +160,8 @@ class Sessions:
         return sum(not self.is_lost(sampler) for sampler in self._samplers.values())
 
     def all_can(self, feature: str) -> bool:
-        """Whether there are samplers, and none that was made before this feature."""
-        alive = [sampler for sampler in self._samplers.values() if not self.is_lost(sampler)]
-        return bool(alive) and all(feature in sampler.features for sampler in alive)
+        """Whether there are samplers, and none of a build without this feature: a lost one may come back, too."""
+        return bool(self._samplers) and all(feature in sampler.features for sampler in self._samplers.values())
 
     def state(self, sampler: Sampler) -> SamplerState:
         """Its own report, overruled by what only the learner can know."""

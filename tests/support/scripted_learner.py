@@ -49,11 +49,14 @@ class ScriptedControl(control_pb2_grpc.ControlServiceServicer):
 
     settings: RunSettings = SETTINGS
     registrations: int = 0
+    features: list[str] = field(default_factory=list[str])
+    """Of the newest registration."""
     heartbeats: list[control_pb2.HeartbeatRequest] = field(default_factory=list[control_pb2.HeartbeatRequest])
     heartbeat_errors: list[HeteroRLError] = field(default_factory=list[HeteroRLError])
 
     async def Register(self, request: control_pb2.RegisterRequest, context: object) -> control_pb2.RegisterResponse:
         self.registrations += 1
+        self.features = list(request.features)
         session = Session(
             run_id=RUN_ID, sampler_id=request.sampler_id, learner_epoch=1, session_epoch=self.registrations
         )

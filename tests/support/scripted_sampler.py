@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -69,10 +69,15 @@ class ScriptedSampler:
     async def close(self) -> None:
         await self._channel.close()
 
-    async def register(self) -> None:
+    async def register(self, features: Sequence[str] = ()) -> None:
         response = await self.control.Register(
             control_pb2.RegisterRequest(
-                sampler_id=self.name, protocol_min=1, protocol_max=1, spool_id=self._spool_id, hostname="test"
+                sampler_id=self.name,
+                protocol_min=1,
+                protocol_max=1,
+                features=features,
+                spool_id=self._spool_id,
+                hostname="test",
             ),
             timeout=20,
         )

@@ -111,7 +111,7 @@ class RegisterRequest(google.protobuf.message.Message):
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Optional abilities, by name. Unknown names are ignored. "root_in_last_part": reads updates of which only the last
-        part names the target root (docs/weights.md); they are made where every sampler of the run says so.
+        part names the target root (docs/weights.md); they are made where every sampler that the learner knows says so.
         """
 
     @property

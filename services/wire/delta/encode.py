@@ -106,7 +106,7 @@ def iter_encode(
         base_version=None if base is None else _checked_version(base_version),
         target_version=_checked_version(target_version),
         base_root=None if base is None else _checked_root(base_root or root_of(base, workers)),
-        target_root=root_of_digests(forms, digests) if len(digests) == len(forms) else "",
+        target_root=root_of_digests(forms, digests) if not root_last or len(digests) == len(forms) else "",
         shards=len(layouts),
         bytes=0,
         full_bytes=0,

@@ -9,9 +9,9 @@ from services.runtime.errors import CorruptObjectError
 from services.wire.delta.codec import Codec
 
 FORMAT = "heterorl-weights/1"
-ROOT_IN_LAST_PART = "heterorl-weights/2"
+FORMAT_WITHOUT_ROOT = "heterorl-weights/2"
 """Of a part that was made before the root was known that its update leads to: it does not name it."""
-FORMATS = (FORMAT, ROOT_IN_LAST_PART)
+FORMATS = (FORMAT, FORMAT_WITHOUT_ROOT)
 MAX_VERSION = (1 << 63) - 1
 MAX_SHARDS = 1 << 20
 MAX_RUN_ID_CHARS = 200
@@ -83,7 +83,7 @@ def merge_infos(infos: Sequence[UpdateInfo]) -> UpdateInfo:
 def to_metadata(info: UpdateInfo, shard: int) -> dict[str, str]:
     """The metadata of part `shard` (from 0). `bytes` is not in it: the file's own size says it."""
     metadata = {
-        "format": FORMAT if info.target_root else ROOT_IN_LAST_PART,
+        "format": FORMAT if info.target_root else FORMAT_WITHOUT_ROOT,
         "kind": info.kind.value,
         "codec": info.codec.value,
         "run_id": info.run_id,
@@ -107,9 +107,9 @@ def from_metadata(metadata: Mapping[str, str], file_bytes: int) -> tuple[UpdateI
     found = metadata.get("format")
     if found not in FORMATS:
         raise CorruptObjectError(
-            f"the file is not a weight update of this build: its format is {ascii(found)[:40]}, not {FORMAT!r}"
+            f"the file is not a weight update of this build: its format is {ascii(found)[:40]}, not {FORMATS[0]} or /2"
         )
-    rootless = found == ROOT_IN_LAST_PART
+    rootless = found == FORMAT_WITHOUT_ROOT
     kind = _member(metadata, "kind", UpdateKind)
     codec = _member(metadata, "codec", Codec)
     is_delta = kind is UpdateKind.DELTA
@@ -125,6 +125,8 @@ def from_metadata(metadata: Mapping[str, str], file_bytes: int) -> tuple[UpdateI
         raise CorruptObjectError(f"a weight update has part {shard} of {shards}, counted from 0")
     if rootless and shard == shards - 1:
         raise CorruptObjectError("the last part of a weight update does not name the target_root")
+    if rootless and "target_root" in metadata:
+        raise CorruptObjectError("a part of a weight update names a target_root, which its format has not")
     info = UpdateInfo(
         kind=kind,
         codec=codec,

@@ -10,8 +10,11 @@ import pytest
 from heterorl.v1 import weights_pb2
 from services.runtime.errors import SessionLostError
 from services.wire.convert import from_signed
+from services.wire.delta import layout
+from services.wire.delta.part import read_info
 from services.wire.errors import from_rpc_error
 from services.wire.signing import verify
+from services.wire.types import ROOT_IN_LAST_PART
 from tests.support.learner_in_process import running_learner, small_config
 from tests.support.scripted_sampler import ScriptedSampler, dial
 
@@ -27,6 +30,14 @@ async def one_step(sampler: ScriptedSampler) -> None:
         leases = await sampler.lease(2)
         await sampler.submit([sampler.generate(lease) for lease in leases])
         await sampler.follow()
+
+
+async def newest_of(sampler: ScriptedSampler) -> weights_pb2.WatchPolicyResponse:
+    watch = sampler.weights_stub.WatchPolicy(weights_pb2.WatchPolicyRequest())
+    newest = await watch.read()
+    watch.cancel()
+    assert isinstance(newest, weights_pb2.WatchPolicyResponse)
+    return newest
 
 
 async def test_a_watcher_gets_the_newest_version_at_once_and_each_signed_one_after(
@@ -46,6 +57,31 @@ async def test_a_watcher_gets_the_newest_version_at_once_and_each_signed_one_aft
         assert (second.decoded.version, second.decoded.parent_root) == (1, first.decoded.root)
         verify(sampler.settings.manifest_public_key, second.manifest, second.signature)
         watch.cancel()
+        await sampler.close()
+
+
+async def test_updates_are_made_so_that_every_sampler_can_read_them(
+    tmp_path: Path, policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(layout, "PART_BYTES", 8192)
+    config = small_config(tmp_path, policy_dir, run={"steps": 50})
+    async with running_learner(config) as learner:
+        sampler = await dial(learner.address, "eu-1", tmp_path / "s", no_reward)
+        await sampler.follow()
+        named: list[list[bool]] = []
+        for features in ((), (ROOT_IN_LAST_PART,)):
+            await sampler.register(features)
+            await sampler.heartbeat()
+            newest = await newest_of(sampler)
+            made_before = from_signed(newest.manifest).decoded.version + 1  # one may be on its way
+            while not newest.update.target_version > made_before:  # 0 where a step changed nothing
+                await one_step(sampler)
+                newest = await newest_of(sampler)
+            parts = [await sampler.fetch(ref.object_id) for ref in newest.update.objects]
+            named.append([bool(read_info(part).target_root) for part in parts])
+        assert len(named[0]) > 2
+        assert named == [[True] * len(named[0]), [False] * (len(named[0]) - 1) + [True]]
         await sampler.close()
 
 

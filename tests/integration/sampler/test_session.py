@@ -23,7 +23,7 @@ from services.sampler.session import LearnerSession
 from services.sampler.spool import Spool
 from services.wire.channel import open_channel
 from services.wire.convert import to_session
-from services.wire.types import GraderSpec, Session
+from services.wire.types import ROOT_IN_LAST_PART, GraderSpec, Session
 from tests.support.scripted_learner import RUN_ID, SETTINGS, ScriptedControl, Served, registered, serving
 
 
@@ -45,6 +45,7 @@ async def test_registering_binds_the_spool_to_the_run(spool: Spool) -> None:
         session = await registered(served, spool)
     assert spool.run_id == RUN_ID
     assert session.session == Session(run_id=RUN_ID, sampler_id="sampler-1", learner_epoch=1, session_epoch=1)
+    assert served.control.features == [ROOT_IN_LAST_PART]
 
 
 async def test_a_lost_session_is_renewed_once_however_many_calls_find_out(spool: Spool) -> None:

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from heterorl.v1 import types_pb2, weights_pb2
-from services.learner import weight_service
+from services.learner import object_store, weight_service
 from services.runtime import failpoints
 from services.runtime.address import Address
 from services.runtime.errors import StorageError
@@ -30,6 +30,11 @@ PARTS = 5
 def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_module, "CHUNK_ELEMENTS", 2000)
     monkeypatch.setattr(layout_module, "PART_BYTES", 16_000)
+
+
+@pytest.fixture(autouse=True, params=[0, 8], ids=["from disk", "from memory"])
+def kept_in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_FRESH", request.param)
 
 
 class Pushing(Tampering):
@@ -206,8 +211,10 @@ async def test_an_update_that_is_given_up_is_followed_by_the_next(tmp_path: Path
                     await site.publisher.publish(1, nudged(weights, 1))
             finally:
                 failpoints.arm("")
+            given_up = len(puts.names)
             await site.publisher.publish(1, weights := nudged(weights, 2))
             assert await sampler.reach(1) == root_of(weights)
+            assert puts.names[given_up:] == [ref.object_id for ref in objects_of(site, 1)], "again from the first"
             await site.publisher.publish(2, weights := nudged(weights, 3))
             assert await sampler.reach(2) == root_of(weights)
             assert service.fetched(site, 2) == 0

@@ -95,6 +95,11 @@ def test_digests_that_are_known_name_the_root_everywhere(versions: list[Policy])
     assert tuple(parts) == delta_of(versions, 0, root_last=False).parts
 
 
+def test_digests_that_are_known_in_part_are_an_error_where_the_root_is_wanted_first(versions: list[Policy]) -> None:
+    with pytest.raises(KeyError):
+        iter_encode(versions[0], versions[1], run_id="", base_version=0, target_version=1, digests={})
+
+
 def test_they_fold_with_each_other_and_with_others(versions: list[Policy]) -> None:
     updates = [delta_of(versions, 0).parts, delta_of(versions, 1, root_last=False).parts, delta_of(versions, 2).parts]
     folded = fold(updates)
@@ -113,12 +118,16 @@ def test_parts_that_name_no_root_or_different_ones_are_refused(versions: list[Po
     def renamed(fields: dict[str, str]) -> None:
         fields["format"], fields["target_root"] = "heterorl-weights/1", other
 
+    def both(fields: dict[str, str]) -> None:
+        fields["target_root"] = other
+
     def cut_short(fields: dict[str, str]) -> None:
         del fields["target_root"]
 
     for bad, words in (
         ([*parts[:-1], edited(parts[-1], nameless)], "last part"),
         ([*parts[:-1], edited(parts[-1], cut_short)], "target_root"),
+        ([edited(parts[0], both), *parts[1:]], "which its format has not"),
         ([*parts[:-1], edited(parts[-1], renamed)], "root"),
         ([parts[0], edited(parts[1], renamed), *parts[2:]], "different updates"),
         ([edited(parts[0], renamed), *parts[1:]], "different updates"),
