@@ -50,11 +50,14 @@ class ObjectStore:
         self._held: dict[str, int] = {}
         self._used_s: dict[str, float] = {}
         self._verified: dict[str, tuple[int, int, int]] = {}
+        self._new_folders: set[Path] = set()
+        """Whose names are not durable yet."""
         self._fresh: deque[tuple[str, bytes]] = deque(maxlen=_FRESH)
         with storage_errors(f"use folder {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
             for left_over in directory.glob("*/.*.tmp"):
                 left_over.unlink(missing_ok=True)
+        sync_directory(directory)  # folders that a process made which was killed before it could
 
     def path_of(self, object_id: str) -> Path:
         """Where an object is kept, whether it is there or not. Raises BadInputError for anything but an id."""
@@ -73,9 +76,9 @@ class ObjectStore:
         self._touch(ref.object_id)
         if not self.is_sound(ref):
             if not path.parent.is_dir():
+                self._new_folders.add(path.parent)
                 with storage_errors(f"make folder {path.parent}"):
                     path.parent.mkdir(exist_ok=True)
-                sync_directory(self._directory)
             atomic_write_blocks(path, (data,), durable=False)
             with storage_errors(f"read {path}"):
                 self._verified[ref.object_id] = _state(path.stat())  # hashed above: not again for the first reader
@@ -102,6 +105,9 @@ class ObjectStore:
             finally:
                 os.close(descriptor)
         sync_directory(path.parent)
+        if path.parent in self._new_folders:
+            sync_directory(self._directory)
+            self._new_folders.discard(path.parent)
 
     def is_sound(self, ref: ObjectRef) -> bool:
         """Whether the object is there, with its digest and this size; a damaged copy is removed, so that it is made

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from services.learner import object_store
 from services.learner.object_store import GRACE_S, ObjectStore, OpenObject
 from services.runtime.errors import ObjectGoneError, StorageError
 from services.wire.objects import MAX_CHUNK_BYTES
@@ -119,3 +120,18 @@ def test_the_bytes_of_the_last_small_objects_are_at_hand_without_the_disk(tmp_pa
         path.unlink()
     assert [store.fresh(ref.object_id) for ref in refs] == [None] * 4 + written[4:]
     assert store.fresh(large.object_id) is None
+
+
+def test_a_new_folder_is_durable_with_its_first_object_and_not_waited_for_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ObjectStore(tmp_path)
+    synced: list[Path] = []
+    monkeypatch.setattr(object_store, "sync_directory", synced.append)
+    ref = store.write(b"object")
+    assert synced == []
+    store.sync(ref)
+    folder = store.path_of(ref.object_id).parent
+    assert synced == [folder, tmp_path]
+    store.sync(ref)
+    assert synced == [folder, tmp_path, folder]
