@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMPS := .stamps
 VLLM_VENV := .venv-vllm
 PYTEST_WORKERS ?= 2
+RESULTS := tests/bench/results
 PROTOS := $(wildcard proto/heterorl/v1/*.proto)
 PROTOC_ARGS := --proto_path=proto --plugin=protoc-gen-mypy=.venv-proto/bin/protoc-gen-mypy \
 	--plugin=protoc-gen-mypy_grpc=.venv-proto/bin/protoc-gen-mypy_grpc
@@ -79,10 +80,14 @@ test-vllm: $(STAMPS)/vllm ## run the tests of the vLLM engine: conformance, swap
 	$(VLLM_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests/vllm
 
 bench-engine: $(STAMPS)/vllm ## measure weight swaps and generation of the vLLM engine (docs/engines.md)
-	$(VLLM_VENV)/bin/python -m tests.bench.bench_engine --out tests/bench/results/engine.json
+	$(VLLM_VENV)/bin/python -m tests.bench.bench_engine --out $(RESULTS)/engine.json
 
-bench-weights: $(STAMPS)/dev ## measure the weight codecs (docs/weights.md)
-	$(BIN)/python -m tests.bench.bench_weights --out tests/bench/results/weights.json
+bench-weights: $(STAMPS)/dev ## measure the figures of docs/weights.md (about an hour; its links need root, nginx and rsync)
+	$(BIN)/python -m tests.bench.bench_weights --traces build/traces --out $(RESULTS)/weights.json
+	$(BIN)/python -m tests.bench.bench_memory --out $(RESULTS)/memory.json
+	$(BIN)/python -m tests.bench.bench_publish --pairs 3 --out $(RESULTS)/publish.json
+	$(BIN)/python -m tests.bench.bench_gpu
+	$(BIN)/python -m tests.bench.bench_wan --traces build/traces --large build/large --out $(RESULTS)/wan.json
 
 clean: ## remove the environments and build output
 	rm -rf $(VENV) .venv-proto $(VLLM_VENV) $(STAMPS) build

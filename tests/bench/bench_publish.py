@@ -13,7 +13,6 @@ is a bound: publishing adds at most the snapshot and its own duration, as if tra
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -33,6 +32,7 @@ from services.learner.snapshots import Snapshots
 from services.learner.trainer import Trainer, TrainerSettings
 from services.learner.versions import VersionFiles
 from services.wire.types import Completion, FinishReason, LeasePurpose, ScoredGroup
+from tests.bench.machine import machine
 from tests.bench.weight_traces import VOCABULARY, model_config
 
 RESULTS = Path(__file__).parent / "results" / "publish.json"
@@ -119,7 +119,7 @@ async def measure(folder: Path, pairs: int, tokens: int) -> dict[str, object]:
 
     step, added = median("alone"), median("with_publishing", "alone")
     return {
-        "machine": {"cpus": os.cpu_count(), "load_1m": os.getloadavg()[0], "torch_threads": torch.get_num_threads()},
+        "machine": {**machine(), "torch_threads": torch.get_num_threads()},
         "parameters": sum(tensor.numel() for tensor in policy.parameters().values()),
         "tokens_per_step": tokens,
         "step_s": step,

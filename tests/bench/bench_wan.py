@@ -1,6 +1,6 @@
 """Weights over the kernel's own TCP on an emulated wide-area link: link use, and what a user would pick instead.
 
-    python -m tests.bench.bench_wan --traces DIR --large DIR [--out tests/bench/results/wan.json]      (Linux, as root)
+    python -m tests.bench.bench_wan [--traces DIR] [--large DIR] [--turns 5] [--against-turns 15]     (Linux, as root)
 
 Two network namespaces joined by tests/bench/tun_link.py; all parts over mutual TLS as shipped, raw TCP without.
 `link_use`: the bytes of a keyframe, in four objects (it has one for each 64 MiB of the model), by one sampler, by four
@@ -9,15 +9,14 @@ one connection, and over four that carry all bytes each; in turn, connections op
 what each process took of the processor in them.
 `against`: the learner publishes the next version of a policy, and a sampler follows to verified weights, with the
 seconds of each phase; beside it curl fetches the whole checkpoint from nginx (then SHA-256), and rsync updates the old
-checkpoint. For 84M parameters (`--traces`, of tests/bench/weight_traces.py) and 596M (`--large`, of large_pair.py).
-`apt-get install nginx-light curl rsync iproute2` first.
+checkpoint. For 84M parameters (`--traces`, of tests/bench/weight_traces.py) and 596M (`--large`, of large_pair.py);
+both folders are made where they are not there. Ends with exit code 69 where something is missing that it needs.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,9 @@ from pathlib import Path
 
 from services.wire.delta import BitTensor, write_weights
 from services.wire.pki import make_dev_pki
+from tests.bench.machine import machine
 from tests.bench.wan_ends import HOST, SAMPLERS, THREADS, trace
+from tests.bench.wan_needs import sentence_on_missing
 
 RESULTS = Path(__file__).parent / "results" / "wan.json"
 WARM_AGAINST = 8 << 20
@@ -99,6 +100,7 @@ def link(profile: dict[str, object]) -> Generator[tuple[str, str, int]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # signals to the terminal's group pass it by: it ends, and cleans up, with its input
     )
     try:
         said(child)
@@ -136,9 +138,6 @@ def measure_link_use(profile: dict[str, object], turns: int) -> dict[str, object
 
 def measure_against(profile: dict[str, object], traces: Path, turns: int) -> dict[str, object]:
     """One version by delta, by HTTP, by rsync: seconds from the moment when the learner begins to publish it."""
-    for program in ("nginx", "curl", "rsync"):
-        if shutil.which(program) is None:
-            raise SystemExit(f"{program} is missing: apt-get install nginx-light curl rsync")
     with tempfile.TemporaryDirectory() as name, link(profile) as (a, b, _):
         folder = Path(name)
         folder.chmod(0o755)
@@ -230,26 +229,46 @@ def phases_of(out: dict[str, object], came: dict[str, object]) -> dict[str, obje
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", type=Path)
-    parser.add_argument("--large", type=Path)
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--profiles", type=int, nargs="*", default=range(len(PROFILES)), help="rows to measure again")
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="two versions of 84M parameters, and more (11 GB)")
+    parser.add_argument("--large", type=Path, metavar="DIR", help="two versions of 596M parameters (2.4 GB)")
+    parser.add_argument("--turns", type=int, default=5, help="of link_use")
+    parser.add_argument("--against-turns", type=int, default=15, help="versions that are followed")
+    rows = range(len(PROFILES))
+    parser.add_argument(
+        "--profiles", type=int, nargs="*", choices=rows, default=rows, help="of link_use, all if not named"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    folders = [folder.resolve() for folder in (arguments.traces, arguments.large) if folder is not None]
+    if len(folders) > len(set(folders)):
+        parser.error("--traces and --large need a folder each: their files have the same names")
+    profiles = [PROFILES[number] for number in ([0] if folders else []) + list(arguments.profiles)]
+    if sentence := sentence_on_missing(bool(folders), [str(profile["congestion"]) for profile in profiles]):
+        print(sentence, file=sys.stderr)
+        raise SystemExit(os.EX_UNAVAILABLE)
+    make("weight_traces", arguments.traces)
+    make("large_pair", arguments.large)
     measure_all(arguments)
+
+
+def make(maker: str, folder: Path | None) -> None:
+    """In a process of its own: torch is not beside a measurement."""
+    if folder is not None and subprocess.run((sys.executable, "-m", f"tests.bench.{maker}", str(folder))).returncode:
+        raise SystemExit(f"tests.bench.{maker} could not fill {folder}: see above.")
 
 
 def measure_all(arguments: argparse.Namespace) -> None:
     """Rows that are not measured again keep what they were."""
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"link_use": {}, "against": {}}
 
     def keep(section: str, key: str, row: dict[str, object]) -> None:
-        results[section][key] = {"cpus": os.cpu_count(), "load_1m": round(os.getloadavg()[0], 2), **row}
+        results[section][key] = {**machine(), **row}
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
     for name, traces in (("84M", arguments.traces), ("596M", arguments.large)):
         if traces is not None:
-            keep("against", name, measure_against(PROFILES[0], traces, arguments.turns))
+            keep("against", name, measure_against(PROFILES[0], traces, arguments.against_turns))
     for number in arguments.profiles:
         keep("link_use", str(number), measure_link_use(PROFILES[number], arguments.turns))
     print(json.dumps(results, indent=2))

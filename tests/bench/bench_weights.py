@@ -10,8 +10,6 @@ import argparse
 import atexit
 import itertools
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -35,6 +33,7 @@ from services.wire.delta import (
     root_of,
 )
 from services.wire.delta.early import EarlyDecoder, copy_of
+from tests.bench.machine import machine
 from tests.bench.weight_traces import (
     BETAS,
     GAPS,
@@ -246,18 +245,6 @@ def ahead_decoder(base: Policy, new: Policy) -> Callable[[], None]:
     return decode
 
 
-def machine() -> dict[str, object]:
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {
-        "cpu": model.partition(": ")[2],
-        "cores": os.cpu_count(),
-        "load_average_before": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "zstandard": zstandard.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -266,7 +253,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         traces = args.traces or Path(scratch)
-        before = machine()
+        before = {**machine(), "numpy": np.__version__, "zstandard": zstandard.__version__}
         make_traces(traces)
         parameters = sum(tensor.bits.size for tensor in read_weights(snapshot_path(traces, 1e-6, 0)).values())
         result = {

@@ -9,12 +9,11 @@ learning rate 0 on 2 × 16 tokens, which with betas (0.9, 0.95) is most of their
 import sys
 from pathlib import Path
 
-import torch
 from transformers import Qwen3Config
 
 from services.wire.delta import write_weights
 from services.wire.torch_bits import to_bits
-from tests.bench.weight_traces import WEIGHTS_STD, Training, snapshot_path
+from tests.bench.weight_traces import WEIGHTS_STD, Training, has_all, main, snapshot_path
 
 LEARNING_RATE = 1e-6
 WARM_UP_STEPS = 24
@@ -39,19 +38,22 @@ def model_config() -> Qwen3Config:
 
 
 def make_pair(folder: Path) -> None:
-    """Writes versions 0 and 1, where bench_wan looks for them."""
+    """Writes versions 0 and 1, where bench_wan looks for them, unless they are there."""
+    old, new = (snapshot_path(folder, LEARNING_RATE, number) for number in (0, 1))
+    config = model_config()
+    if has_all((old, new), config):
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    training = Training(config=model_config(), rows=ROWS, tokens=TOKENS)
+    training = Training(config=config, rows=ROWS, tokens=TOKENS)
     for number in range(WARM_UP_STEPS):
         training.step()
         print(f"warm-up step {number + 1}", file=sys.stderr, flush=True)
-    write_weights(to_bits(training.model.state_dict()), snapshot_path(folder, LEARNING_RATE, 0))
+    write_weights(to_bits(training.model.state_dict()), old)
     for group in training.optimizer.param_groups:
         group["lr"] = LEARNING_RATE
     training.step()
-    write_weights(to_bits(training.model.state_dict()), snapshot_path(folder, LEARNING_RATE, 1))
+    write_weights(to_bits(training.model.state_dict()), new)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    make_pair(Path(sys.argv[1]))
+    main(__doc__, make_pair)

@@ -25,13 +25,13 @@ from services.wire.credentials import channel_credentials, server_credentials
 from services.wire.delta import BitTensor, Weights, read_weights, root_of
 from services.wire.tls import TlsFiles
 from services.wire.types import ObjectRef, Plan, PlanStep, SignedManifest, UpdateKind
-from tests.bench.bench_transfer import RECEIVE_BYTES, send_raw, take_raw
 from tests.bench.tun_link import ADDRESSES
 from tests.support.scripted_learner import manifest_of
 from tests.support.weight_site import RUN_ID, dial, learner_site
 from tests.unit.learner.weights_of_tests import make_weights
 
 HOST = ADDRESSES[0]
+RECEIVE_BYTES = 1 << 20
 RECYCLING_S = 1.0
 """Between two versions a sampler has time to copy what it holds."""
 SAMPLERS = 4
@@ -72,6 +72,28 @@ async def serve(folder: Path, sizes: Sequence[int], traces: Path | None) -> None
             row = {**events.newest["version_published"], "began": began, "done": time.monotonic(), "root": site.root}
             print(json.dumps(row | {"more_mib": memory.more_mib}), flush=True)
         raw.close()
+
+
+async def send_raw(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Each line asks for so many bytes."""
+    block = os.urandom(1 << 20)
+    with contextlib.suppress(ConnectionError):
+        while line := await reader.readline():
+            left = int(line)
+            while left:
+                writer.write(block[: min(left, len(block))])
+                left -= min(left, len(block))
+                await writer.drain()
+    writer.close()
+
+
+async def take_raw(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int) -> None:
+    writer.write(f"{size}\n".encode())
+    left = size
+    while left:
+        data = await reader.read(min(left, RECEIVE_BYTES))
+        assert data, "the sender ended early"
+        left -= len(data)
 
 
 def sources_of(folder: Path, port: int, name: str, channels: int, stack: contextlib.AsyncExitStack) -> WeightSources:
