@@ -9,9 +9,11 @@ The same code runs on any device, and gives the same bytes as the host's path bi
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from services.wire.delta.decode import allocate
 from services.wire.delta.exponents import EXPONENT_SHIFT
@@ -51,10 +53,10 @@ def scan_on_device(base: torch.Tensor, new: torch.Tensor) -> Changes:
     for start in range(0, base.numel(), SCAN_ELEMENTS):
         before, after = base[start : start + SCAN_ELEMENTS], new[start : start + SCAN_ELEMENTS]
         found = torch.nonzero(after != before).reshape(-1)
-        differences = _to_host(after[found] - before[found])
+        differences = _bits(after[found] - before[found])
         pieces.append(Changes(count=before.numel(), positions=_positions(found) + start, differences=differences))
     if not pieces:
-        return Changes(count=0, positions=np.zeros(0, np.int64), differences=_to_host(base[:0]))
+        return Changes(count=0, positions=np.zeros(0, np.int64), differences=_bits(base[:0]))
     return concatenated(pieces, base.numel())
 
 
@@ -114,10 +116,10 @@ class DeviceExponents:
         return DeviceExponents(fields=((bits >> shift) & mask).to(torch.uint8))
 
     def sampled(self) -> Exponents:
-        return self.fields[::SAMPLE_STRIDE].cpu().numpy()
+        return to_host(self.fields[::SAMPLE_STRIDE])
 
     def at(self, positions: Positions) -> Exponents:
-        return self.fields[self._indices(positions)].cpu().numpy()
+        return to_host(self.fields[self._indices(positions)])
 
     def ranked(self, limits: Sequence[int], changes: Changes, changed_exponents: Exponents) -> list[Changes]:
         groups: list[Changes] = []
@@ -125,18 +127,28 @@ class DeviceExponents:
             mine = (changed_exponents >= low) & (changed_exponents < high)
             members = (self.fields >= low) if high == 256 else (self.fields >= low) & (self.fields < high)
             counted = torch.cumsum(members, 0, dtype=torch.int32)
-            ranks = counted[self._indices(changes.positions[mine])].to(torch.int64) - 1
+            ranks = counted[self._indices(changes.positions[mine])] - 1
             count = int(counted[-1])
             groups.append(Changes(count=count, positions=_positions(ranks), differences=changes.differences[mine]))
         return groups
 
     def _indices(self, positions: Positions) -> torch.Tensor:
-        return torch.from_numpy(positions).to(self.fields.device)
+        return to_device(positions.astype(np.int32), self.fields.device)
+
+
+def to_host(tensor: torch.Tensor) -> NDArray[Any]:
+    """With to_device all that crosses the bus."""
+    return tensor.cpu().numpy()
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)
 
 
 def _positions(found: torch.Tensor) -> Positions:
-    return found.cpu().numpy()
+    """Below 2**31: a chunk or a scan has fewer elements."""
+    return to_host(found.to(torch.int32)).astype(np.int64)
 
 
-def _to_host(bits: torch.Tensor) -> Bits:
-    return bits.cpu().numpy().view(BITS_TYPE[bits.element_size()])
+def _bits(tensor: torch.Tensor) -> Bits:
+    return to_host(tensor).view(BITS_TYPE[tensor.element_size()])

@@ -1,6 +1,7 @@
 """The vLLM engine: what a weight swap costs, and generation against bare `LLM.generate` on the same prompts.
 
     python -m tests.bench.bench_engine --out tests/bench/results/engine.json [--rounds N] [--swaps N]
+    python -m tests.bench.bench_engine --device cuda --sizes 1.7b --out FILE      (not yet run on a GPU)
 
 Runs in the vLLM environment (make setup-vllm). Bare vLLM lives in a process of its own and the two take turns, so that
 what else runs on the machine meets both. `wall` is by the clock; `cpu` is tokens per CPU second of the process that
@@ -37,14 +38,26 @@ SHAPES = {
     "86m": PolicyShape(
         hidden_size=768, layers=12, heads=12, kv_heads=4, head_dim=64, mlp_size=2048, context_tokens=1024
     ),
+    "1.7b": PolicyShape(
+        hidden_size=2048, layers=28, heads=16, kv_heads=8, head_dim=128, mlp_size=6144, context_tokens=1024
+    ),
 }
+CPU_SIZES = ("1m", "86m")
 TEXT = ["What is the sum of all numbers that are below one thousand and divisible by three or by five?"] * 50
 Policy = Mapping[str, BitTensor]
 
 
-def section(swap: str) -> EngineSection:
-    vllm = VllmSection.model_validate({"swap": swap, "kv_cache_gb": 1.0})
-    return EngineSection(kind="vllm", device="cpu", dtype="float32", max_batch_rows=ROWS, threads=1, vllm=vllm)
+def section(swap: str, device: str) -> EngineSection:
+    on_cpu = device == "cpu"
+    vllm = VllmSection.model_validate({"swap": swap, "kv_cache_gb": 1.0 if on_cpu else 8.0})
+    return EngineSection(
+        kind="vllm",
+        device=device,
+        dtype="float32" if on_cpu else "bfloat16",
+        max_batch_rows=ROWS,
+        threads=1 if on_cpu else 0,
+        vllm=vllm,
+    )
 
 
 def prompts() -> list[list[int]]:
@@ -60,14 +73,14 @@ def requests(round_: int) -> list[GenerateRequest]:
     ]
 
 
-def bare(model_dir: str) -> None:
+def bare(model_dir: str, device: str) -> None:
     """The other process: `LLM.generate` once per line on stdin, one JSON line each."""
     sys.modules["grpc"] = None
     from vllm import LLM, SamplingParams
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    arguments = engine_arguments(section("between_groups"), "cpu")
+    arguments = engine_arguments(section("between_groups", device), device)
     llm = LLM(model=model_dir, **arguments)
     params = SamplingParams(n=GROUP, temperature=1.0, max_tokens=TOKENS, logprobs=0, detokenize=False)
     seeded = params.clone()
@@ -104,15 +117,16 @@ def _rate(spent: dict[str, float], clock: str) -> float:
     return spent["tokens"] / spent[clock]
 
 
-async def compare(model_dir: Path, weights: Policy, folder: Path, rounds: int) -> dict[str, object]:
-    environ = environment(section("between_groups"), folder, os.environ)
-    command = [sys.executable, "-m", "tests.bench.bench_engine", "--bare", str(model_dir)]
+async def compare(model_dir: Path, weights: Policy, folder: Path, *, device: str, rounds: int) -> dict[str, object]:
+    settings = section("between_groups", device)
+    environ = environment(settings, folder, os.environ)
+    command = [sys.executable, "-m", "tests.bench.bench_engine", "--bare", str(model_dir), "--device", device]
     pipe = asyncio.subprocess.PIPE
     other = await asyncio.create_subprocess_exec(*command, env=environ, stdin=pipe, stdout=pipe)
     assert other.stdin is not None
     assert other.stdout is not None
     await other.stdout.readline()
-    engine = VllmEngine(section("between_groups"), folder)
+    engine = VllmEngine(settings, folder)
     await engine.start(model_dir, weights, 0, root_of(weights))
     spent: dict[str, list[dict[str, float]]] = {"bare": [], "bare_seeded": [], "engine": []}
     for round_ in range(rounds + 1):
@@ -160,10 +174,10 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 async def swaps(
-    model_dir: Path, weights: Policy, folder: Path, *, swap: str, names: str, count: int
+    model_dir: Path, weights: Policy, folder: Path, *, device: str, swap: str, names: str, count: int
 ) -> dict[str, object]:
     """Swaps while the engine is kept full, and tokens per second without swaps before and after."""
-    engine = VllmEngine(section(swap), folder)
+    engine = VllmEngine(section(swap, device), folder)
     await engine.start(model_dir, weights, 0, root_of(weights))
     await measure(engine, 0)
     before = await measure(engine, 1)
@@ -203,7 +217,7 @@ async def _keep_full(engine: VllmEngine, seed: int) -> None:
         await engine.generate(request)
 
 
-def machine() -> dict[str, object]:
+def machine(device: str) -> dict[str, object]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
@@ -212,12 +226,14 @@ def machine() -> dict[str, object]:
         "memory_gb": round(psutil.virtual_memory().total / 2**30),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "note": "CPU only, float32, one thread; other work ran on the same cores",
+        "device": device,
+        "note": "on a CPU float32 and one thread, on a GPU bfloat16",
     }
 
 
 async def run(arguments: argparse.Namespace) -> dict[str, object]:
-    result: dict[str, object] = {"machine": machine(), "swaps": []}
+    device = str(arguments.device)
+    result: dict[str, object] = {"machine": machine(device), "swaps": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for size in arguments.sizes:
@@ -228,11 +244,13 @@ async def run(arguments: argparse.Namespace) -> dict[str, object]:
                 cases = []
             for swap, names in cases if size == "1m" else cases[1:2]:
                 count = arguments.swaps if size == "1m" else max(3, arguments.swaps // 4)
-                done = await swaps(folder / size, weights, folder, swap=swap, names=names, count=count)
+                done = await swaps(folder / size, weights, folder, device=device, swap=swap, names=names, count=count)
                 result["swaps"] += [{"policy": size, **done}]
             if size == "1m" and arguments.only != "swaps":
-                result["generation"] = await compare(folder / size, weights, folder, arguments.rounds)
-    result["engine"] = {"vllm": VllmEngine(section("in_flight"), Path()).info.version}
+                result["generation"] = await compare(
+                    folder / size, weights, folder, device=device, rounds=arguments.rounds
+                )
+    result["engine"] = {"vllm": VllmEngine(section("in_flight", device), Path()).info.version}
     return result
 
 
@@ -243,10 +261,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--only", choices=("swaps", "generation"), help="one of the two parts")
-    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--sizes", nargs="+", default=list(CPU_SIZES), choices=list(SHAPES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     if arguments.bare:
-        bare(arguments.bare)
+        bare(arguments.bare, arguments.device)
         return
     text = json.dumps(asyncio.run(run(arguments)), indent=2) + "\n"
     if arguments.out:

@@ -1,0 +1,28 @@
+"""The GPU benchmark on a CPU: both ways make the same updates, and less crosses the bus than the weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bench import bench_gpu
+
+
+def test_it_measures_both_ways_and_the_swap() -> None:
+    row = bench_gpu.measure("tiny", torch.device("cpu"), turns=1, workers=1)
+    for codec in ("sx", "xc"):
+        device, host = row[f"{codec}_device"], row[f"{codec}_host"]
+        assert isinstance(device, dict)
+        assert isinstance(host, dict)
+        assert 0 < device["bus_bytes"] < host["bus_bytes"] == row["model_bytes"]
+        assert device["gb_per_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it does without CUDA")
+def test_without_cuda_it_says_so_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_gpu", "--out", str(tmp_path / "gpu.json")])
+    bench_gpu.main()
+    assert "no CUDA device" in capsys.readouterr().out
+    assert not (tmp_path / "gpu.json").exists()
