@@ -210,8 +210,12 @@ async def test_an_update_that_is_given_up_is_followed_by_the_next(tmp_path: Path
             await service.asked()
             failpoints.arm("publish.after_objects=1*error->off")
             try:
-                with pytest.raises(StorageError):
-                    await site.publisher.publish(1, nudged(weights, 1))
+                with gated(site, 3) as gate:
+                    publishing = asyncio.create_task(site.publisher.publish(1, nudged(weights, 1)))
+                    await puts.reach(3)
+                    gate.open()
+                    with pytest.raises(StorageError):
+                        await publishing
             finally:
                 failpoints.arm("")
             await service.asked(2)
