@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.runtime.errors import CorruptObjectError, ObjectGoneError
+from services.runtime.errors import CorruptObjectError, ObjectGoneError, StorageError
 from services.runtime.files import atomic_write_blocks, storage_errors, sync_directory
 from services.runtime.log import get_logger
 from services.wire.objects import MAX_CHUNK_BYTES, check_object_id, file_digest, object_ref_of
@@ -98,16 +98,16 @@ class ObjectStore:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
-            except OSError:
+                sync_directory(path.parent)
+                if path.parent in self._new_folders:
+                    sync_directory(self._directory)
+                    self._new_folders.discard(path.parent)
+            except (OSError, StorageError):
                 self._verified.pop(ref.object_id, None)
                 path.unlink(missing_ok=True)
                 raise
             finally:
                 os.close(descriptor)
-        sync_directory(path.parent)
-        if path.parent in self._new_folders:
-            sync_directory(self._directory)
-            self._new_folders.discard(path.parent)
 
     def is_sound(self, ref: ObjectRef) -> bool:
         """Whether the object is there, with its digest and this size; a damaged copy is removed, so that it is made

@@ -21,6 +21,7 @@ from services.learner.model_files import read_model_files
 from services.learner.pretrained import check_tokenizer, load_config, load_model, quiet
 from services.runtime.errors import ConfigError, InvalidWeightsError
 from services.wire.delta import BitTensor
+from services.wire.delta.memory import Memory
 from services.wire.torch_bits import to_bits
 from services.wire.torch_device import torch_device
 
@@ -47,9 +48,9 @@ class Policy:
                 found[name] = tensor
         return found
 
-    def wire_weights(self) -> dict[str, BitTensor]:
-        """The bf16 casts as bits: fresh memory, so that the next step may go on while they are encoded."""
-        return to_bits(self.parameters())
+    def wire_weights(self, memory: Memory | None = None) -> dict[str, BitTensor]:
+        """The bf16 casts as bits: memory that nobody holds, so that the next step may go on while they are encoded."""
+        return to_bits(self.parameters(), memory=memory)
 
     @torch.no_grad()
     def round_buffers(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from services.learner.policy import Policy
 from services.wire.delta import Weights
 from services.wire.delta.codec import Comparison
+from services.wire.delta.memory import Memory
 from services.wire.delta.sparse import Changes
 from services.wire.torch_scan import DeviceBits, compare, comparison_of, device_bits
 
@@ -42,15 +43,17 @@ class Snapshots:
     def __init__(self, policy: Policy, *, on_device: bool, workers: int = 1) -> None:
         self._policy = policy
         self._on_device = on_device
+        self._stream = torch.cuda.Stream(policy.device) if on_device and policy.device.type == "cuda" else None
         self._workers = workers
+        self._memory = Memory()
         self._newest: _Version | None = None
         self._taken: _Taken | None = None
 
     def take(self) -> None:
-        """Fresh memory, so that the next step may go on. Blocks."""
+        """Memory that nobody holds, so that the next step may go on. Blocks."""
         newest = self._newest
         if newest is None or newest.bits is None:
-            weights = self._policy.wire_weights()
+            weights = self._policy.wire_weights(self._memory)
             self._newest = _Version(weights=weights, bits=self._bits(weights) if self._on_device else None)
         else:
             bits = self._bits(newest.weights)
@@ -63,7 +66,7 @@ class Snapshots:
         assert newest is not None, "take first"
         if taken is None or newest.bits is None:
             return newest.weights, None
-        comparison = comparison_of(newest.weights, newest.bits, taken.found, self._workers)
+        comparison = comparison_of(newest.weights, newest.bits, taken.found, self._workers, self._stream, self._memory)
         self._newest = _Version(weights=comparison.new, bits=taken.bits)
         return comparison.new, comparison
 

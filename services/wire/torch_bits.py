@@ -6,6 +6,7 @@ import torch
 
 from services.runtime.errors import InvalidWeightsError
 from services.wire.delta.decode import allocate
+from services.wire.delta.memory import Memory
 from services.wire.delta.sparse import SIGNED
 from services.wire.delta.tensors import BitTensor, TensorForm, Weights, check_form
 
@@ -34,8 +35,12 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 CARRIER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def to_bits(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = torch.bfloat16) -> dict[str, BitTensor]:
-    """A snapshot: floating tensors cast to `dtype` (None: as they are), copied to the CPU, into one block of memory.
+def to_bits(
+    state_dict: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = torch.bfloat16,
+    memory: Memory | None = None,
+) -> dict[str, BitTensor]:
+    """A snapshot: floating tensors cast to `dtype` (None: as they are), copied to the CPU, into one block of `memory`.
 
     Nothing in the result shares memory with the model, so that training may go on. Of tensors that are one in memory
     (tied weights) only the first name is kept. Raises InvalidWeightsError for a name or type that does not travel.
@@ -48,9 +53,11 @@ def to_bits(state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None = 
             continue
         seen.add(identity)
         kept[name] = tensor.detach()
-    weights = allocate([_form_of(name, tensor, dtype) for name, tensor in kept.items()])
+    weights = allocate([_form_of(name, tensor, dtype) for name, tensor in kept.items()], memory)
     for name, copy in to_torch(weights).items():
-        copy.copy_(kept[name])
+        source = kept[name]
+        # A copy from a device that casts as well moves the larger type, and casts on one core of the host.
+        copy.copy_(source if source.device.type == "cpu" else source.to(copy.dtype))
     return weights
 
 

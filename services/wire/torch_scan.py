@@ -19,6 +19,7 @@ from services.wire.delta.decode import allocate
 from services.wire.delta.exponents import EXPONENT_SHIFT
 from services.wire.delta.layout import Chunk, gather
 from services.wire.delta.members import SAMPLE_STRIDE, Exponents
+from services.wire.delta.memory import Memory
 from services.wire.delta.sparse import Changes, add_to, concatenated
 from services.wire.delta.tensors import BITS_TYPE, ITEM_BYTES, Bits, Positions, Weights, forms_of
 from services.wire.torch_bits import CARRIER, DTYPES
@@ -68,6 +69,9 @@ class DeviceComparison:
     new: Weights
     base_bits: DeviceBits
     found: Mapping[str, Changes]
+    stream: torch.cuda.Stream | None
+    """Of the encoder: on the device's default one each copy to the host would wait for the kernels of the next training
+    step that are queued there. None: not on CUDA."""
 
     def changes(self, chunk: Chunk) -> Changes:
         pieces: list[Changes] = []
@@ -82,17 +86,24 @@ class DeviceComparison:
 
     def exponents(self, chunk: Chunk) -> "DeviceExponents":
         parts = [self.base_bits[part.name][part.start : part.start + part.count] for part in chunk.segments]
-        return DeviceExponents.of(torch.cat(parts) if len(parts) > 1 else parts[0], EXPONENT_SHIFT[chunk.dtype])
+        with torch.cuda.stream(self.stream):
+            bits = torch.cat(parts) if len(parts) > 1 else parts[0]
+            return DeviceExponents.of(bits, EXPONENT_SHIFT[chunk.dtype], self.stream)
 
     def values(self, chunk: Chunk) -> Bits:
         return gather(self.new, chunk)
 
 
 def comparison_of(
-    base: Weights, base_bits: DeviceBits, found: Mapping[str, Changes], workers: int = 1
+    base: Weights,
+    base_bits: DeviceBits,
+    found: Mapping[str, Changes],
+    workers: int = 1,
+    stream: torch.cuda.Stream | None = None,
+    memory: Memory | None = None,
 ) -> DeviceComparison:
     """Makes the newer version on the host: the base with what changed. Blocks for a copy of the weights."""
-    new = allocate(forms_of(base))
+    new = allocate(forms_of(base), memory)
     with ThreadPoolExecutor(workers, thread_name_prefix="snapshot") as pool:
         jobs = [
             pool.submit(add_to, new[name].bits, base[name].bits, changes.positions, changes.differences)
@@ -100,7 +111,7 @@ def comparison_of(
         ]
         for job in jobs:
             job.result()
-    return DeviceComparison(base=base, new=new, base_bits=base_bits, found=found)
+    return DeviceComparison(base=base, new=new, base_bits=base_bits, found=found, stream=stream)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,19 +120,28 @@ class DeviceExponents:
 
     fields: torch.Tensor
     """u8, one per element."""
+    stream: torch.cuda.Stream | None = None
+    """What they were computed on, and all that is asked of them is."""
 
     @staticmethod
-    def of(bits: torch.Tensor, shift: int) -> "DeviceExponents":
+    def of(bits: torch.Tensor, shift: int, stream: torch.cuda.Stream | None = None) -> "DeviceExponents":
+        """To be called on that stream."""
         mask = 0x1F if shift == _F16_SHIFT else 0xFF
-        return DeviceExponents(fields=((bits >> shift) & mask).to(torch.uint8))
+        return DeviceExponents(fields=((bits >> shift) & mask).to(torch.uint8), stream=stream)
 
     def sampled(self) -> Exponents:
-        return to_host(self.fields[::SAMPLE_STRIDE])
+        with torch.cuda.stream(self.stream):
+            return to_host(self.fields[::SAMPLE_STRIDE])
 
     def at(self, positions: Positions) -> Exponents:
-        return to_host(self.fields[self._indices(positions)])
+        with torch.cuda.stream(self.stream):
+            return to_host(self.fields[self._indices(positions)])
 
     def ranked(self, limits: Sequence[int], changes: Changes, changed_exponents: Exponents) -> list[Changes]:
+        with torch.cuda.stream(self.stream):
+            return self._ranked(limits, changes, changed_exponents)
+
+    def _ranked(self, limits: Sequence[int], changes: Changes, changed_exponents: Exponents) -> list[Changes]:
         groups: list[Changes] = []
         for low, high in zip([0, *limits], [*limits, 256], strict=True):
             mine = (changed_exponents >= low) & (changed_exponents < high)
@@ -137,7 +157,7 @@ class DeviceExponents:
 
 
 def to_host(tensor: torch.Tensor) -> NDArray[Any]:
-    """With to_device all that crosses the bus."""
+    """With to_device all of any size that crosses the bus."""
     return tensor.cpu().numpy()
 
 

@@ -17,6 +17,7 @@ from services.runtime.errors import CorruptObjectError
 from services.wire.delta.codec import WrongBaseError, decode_chunk, write_chunk
 from services.wire.delta.density import Encoding
 from services.wire.delta.layout import Chunk, Segment
+from services.wire.delta.memory import Memory
 from services.wire.delta.part import Part, load_part, parse_part
 from services.wire.delta.tensors import (
     BITS_TYPE,
@@ -126,10 +127,11 @@ def can_stage(staging: Weights, base: Weights | None, forms: Sequence[TensorForm
     return True
 
 
-def allocate(forms: Sequence[TensorForm]) -> dict[str, BitTensor]:
-    """Tensors in one block of memory, which the system backs with huge pages: else every 4 KiB cost a page fault."""
+def allocate(forms: Sequence[TensorForm], memory: Memory | None = None) -> dict[str, BitTensor]:
+    """Tensors in one block of memory, which the system backs with huge pages: else every 4 KiB cost a page fault.
+    `memory`: of the versions before, where there is any."""
     sizes = [-(-form.elements * form.item_bytes // ALIGNMENT) * ALIGNMENT for form in forms]
-    arena = np.empty(sum(sizes), np.uint8)
+    arena = np.empty(sum(sizes), np.uint8) if memory is None else memory.take(sum(sizes))
     tensors: dict[str, BitTensor] = {}
     for form, start in zip(forms, accumulate(sizes, initial=0), strict=False):
         data = arena[start : start + form.elements * form.item_bytes]

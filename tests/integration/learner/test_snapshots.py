@@ -7,7 +7,7 @@ import torch
 from services.learner.config import PolicySection
 from services.learner.policy import load_policy
 from services.learner.snapshots import Snapshots
-from services.wire.delta import root_of
+from services.wire.delta import Weights, root_of
 
 
 def test_snapshots_by_difference_are_the_whole_copies(policy_dir: Path) -> None:
@@ -43,10 +43,16 @@ def test_snapshots_by_difference_are_the_whole_copies(policy_dir: Path) -> None:
 def test_without_a_device_every_snapshot_is_a_copy(policy_dir: Path) -> None:
     policy = load_policy(PolicySection(path=policy_dir, device="cpu"))
     snapshots = Snapshots(policy, on_device=False)
-    for _ in range(2):
+    held: dict[str, Weights] = {}
+    for _ in range(4):
         with torch.no_grad():
             next(policy.model.parameters()).mul_(1.5)
         snapshots.take()
         weights, comparison = snapshots.finish()
         assert comparison is None
         assert root_of(weights) == root_of(policy.wire_weights())
+        held = {
+            **dict(list(held.items())[-1:]),
+            root_of(weights): weights,
+        }  # as publishing does: the base and the newest
+        assert [root_of(weights) for weights in held.values()] == list(held), "an earlier snapshot does not change"

@@ -66,17 +66,18 @@ async def test_an_object_that_is_gone_when_its_reader_has_left_is_nobodys_error(
     assert complaints == []
 
 
+@pytest.mark.parametrize("which", [1, 2, 3], ids=["the file", "its folder", "the folder of folders"])
 def test_what_the_disk_lost_when_it_was_to_be_durable_is_written_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk says once that it has lost what was written: a second fsync of the same file would succeed."""
     store = ObjectStore(tmp_path)
     ref = store.write(b"object")
-    failed: list[int] = []
+    calls: list[int] = []
 
     def fsync_fails_once(descriptor: int) -> None:
-        if not failed:
-            failed.append(descriptor)
+        calls.append(descriptor)
+        if len(calls) == which:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fsync_fails_once)
