@@ -83,6 +83,7 @@ bench-engine: $(STAMPS)/vllm ## measure weight swaps and generation of the vLLM 
 	$(VLLM_VENV)/bin/python -m tests.bench.bench_engine --out $(RESULTS)/engine.json
 
 bench-weights: $(STAMPS)/dev ## measure the figures of docs/weights.md (about an hour; its links need root, nginx and rsync)
+	$(BIN)/python -m tests.bench.bench_wan --traces build/traces --large build/large --check
 	$(BIN)/python -m tests.bench.bench_weights --traces build/traces --out $(RESULTS)/weights.json
 	$(BIN)/python -m tests.bench.bench_memory --out $(RESULTS)/memory.json
 	$(BIN)/python -m tests.bench.bench_publish --pairs 3 --out $(RESULTS)/publish.json

@@ -6,15 +6,16 @@ Policies with random weights in the shapes of Qwen3, float32 masters on the devi
 1e-6 does, by `LEARNING_RATE` times a draw from N(0, `UPDATE_RMS`), then takes the learner's own path, compared on the
 device (`device`) and, in the same turn, by way of a copy of all weights (`host`), which gives the same bytes:
 
-- `take_s`: what the training step waits for, and all that it waits for.
-- `finish_s`: the host's copy of the new version is made, beside the next step.
-- `encode_s`: comparing is over; coding, hashing and building the update, in `codec`.
-- `gb_per_s`: model bytes over the sum of the three.
+- `take_s`: the step time added. What the training step waits for, and all that it waits for.
+- `finish_s`: the host's copy of the new version is made, beside the next step. `host` has it already.
+- `encode_s`: coding, hashing and building the update; `host` compares here, `device` did so in `take_s`. Nothing trains
+  meanwhile, whose kernels would compete with those of `xc`.
+- `gb_per_s`: model bytes over the sum of them.
 - `bus_bytes`: between device and host, both ways.
 - `swap_s`: how long generation stops while transformers takes the new weights from the host.
 
-A machine without CUDA measures nothing and says so; `--device cpu --shapes tiny` tries the code there. For vLLM's swap
-on a GPU: `tests.bench.bench_engine --device cuda`. 8B needs 70 GB on the device and 60 GB on the host.
+A machine without CUDA measures nothing and says so; `--device cpu --shapes tiny --out FILE` tries the code there. For
+vLLM's swap on a GPU: `tests.bench.bench_engine --device cuda`. 8B needs 70 GB on the device and 60 GB on the host.
 """
 
 import argparse
@@ -22,9 +23,9 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -39,8 +40,10 @@ from services.learner.policy import Policy
 from services.learner.snapshots import Snapshots
 from services.sampler.model_weights import copy_into_model, pair_tensors
 from services.wire import torch_scan
-from services.wire.delta import Codec, Weights, iter_encode, root_of
+from services.wire.delta import Codec, Weights, compiled, iter_encode, root_of
 from services.wire.delta.codec import Comparison
+from services.wire.torch_scan import DeviceComparison
+from tests.bench.machine import machine
 from tests.bench.weight_traces import WEIGHTS_STD
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
@@ -90,17 +93,22 @@ class Bus:
 
     def __init__(self) -> None:
         self.bytes = 0
+        self._lock = threading.Lock()
+
+    def _add(self, size: int) -> None:
+        with self._lock:
+            self.bytes += size
 
     @contextlib.contextmanager
     def counting(self) -> Generator[None]:
         to_host, to_device = torch_scan.to_host, torch_scan.to_device
 
         def counted_to_host(tensor: torch.Tensor) -> NDArray[Any]:
-            self.bytes += tensor.nbytes
+            self._add(tensor.nbytes)
             return to_host(tensor)
 
         def counted_to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-            self.bytes += array.nbytes
+            self._add(array.nbytes)
             return to_device(array, device)
 
         with (
@@ -128,9 +136,11 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-def encoded(base: Weights, root: str, new: Weights, codec: Codec, comparison: Comparison | None, workers: int) -> str:
-    """SHA-256 of the parts."""
-    digest = hashlib.sha256()
+def encoded(
+    base: Weights, root: str, new: Weights, codec: Codec, comparison: Comparison | None, workers: int
+) -> tuple[str, int]:
+    """SHA-256 of the parts, and their bytes."""
+    digest, size = hashlib.sha256(), 0
     for part in iter_encode(
         base,
         new,
@@ -144,17 +154,20 @@ def encoded(base: Weights, root: str, new: Weights, codec: Codec, comparison: Co
         root_last=True,
     ):
         digest.update(part)
-    return digest.hexdigest()
+        size += len(part)
+    return digest.hexdigest(), size
 
 
 def measure(shape: str, device: torch.device, turns: int, workers: int) -> dict[str, object]:
+    assert compiled.prepare(), "these are the speeds of a learner, which has numba"
     policy = random_policy(shape, device)
     snapshots = Snapshots(policy, on_device=True, workers=workers)
     snapshots.take()
     base, _ = snapshots.finish()
-    root = root_of(base)
+    root = root_of(base, workers)
     model_bytes = sum(tensor.nbytes for tensor in base.values())
     rows: dict[str, list[dict[str, float]]] = {}
+    changed = 0
     for turn in range(turns + 1):  # the first one warms up
         move(policy)
         bus = Bus()
@@ -164,7 +177,7 @@ def measure(shape: str, device: torch.device, turns: int, workers: int) -> dict[
                 snapshots.take()
             with device_watch("finish_s"):
                 new, comparison = snapshots.finish()
-        assert comparison is not None
+        assert isinstance(comparison, DeviceComparison)
         host_watch = Stopwatch(device)
         with host_watch("take_s"):
             copied = policy.wire_weights()
@@ -177,11 +190,13 @@ def measure(shape: str, device: torch.device, turns: int, workers: int) -> dict[
                 theirs = encoded(base, root, copied, codec, None, workers)
             assert ours == theirs, "the device's update is another one than the host's"
             for way, watch, crossed in (("device", device_watch, bus.bytes), ("host", host_watch, model_bytes)):
-                row = {**watch.row, "seconds": sum(watch.row.values()), "bus_bytes": crossed}
+                seconds = sum(watch.row.values())
+                row = {**watch.row, "seconds": seconds, "bus_bytes": crossed, "update_bytes": ours[1]}
                 if turn:
                     rows.setdefault(f"{codec}_{way}", []).append(row)
+        changed = sum(changes.positions.size for changes in comparison.found.values())
         del copied, comparison
-        base, root = new, root_of(new)
+        base, root = new, root_of(new, workers)
         print(f"{shape} turn {turn} of {turns}", file=sys.stderr, flush=True)
     medians = {
         key: {name: statistics.median(row[name] for row in values) for name in values[0]}
@@ -195,6 +210,7 @@ def measure(shape: str, device: torch.device, turns: int, workers: int) -> dict[
         "parameters": model_bytes // 2,
         "model_bytes": model_bytes,
         "workers": workers,
+        "changed_share": changed / (model_bytes // 2),
         **medians,
         "swap_s": statistics.median(swaps),
         "turns": {**rows, "swap_s": swaps},
@@ -214,27 +230,31 @@ def measure_swaps(policy: Policy, weights: Weights, turns: int) -> list[float]:
     return seconds[1:]
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "cpus": os.cpu_count(), "torch": torch.__version__, "load_1m": round(os.getloadavg()[0], 2)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1.7B", "8B"])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if device.type != "cuda" and arguments.out is None:
+        parser.error(f"name a file by --out: {RESULTS.name} is for GPUs")
+    out: Path = arguments.out or RESULTS
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench_gpu: torch sees no CUDA device here, so nothing is measured; the other rows do not need one")
         return
-    results: dict[str, object] = {"machine": machine(device)}
+    results: dict[str, object] = {
+        "machine": {
+            **machine(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "torch": torch.__version__,
+        }
+    }
     for shape in arguments.shapes:
         results[shape] = measure(shape, device, arguments.turns, arguments.workers)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 

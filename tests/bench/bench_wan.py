@@ -229,7 +229,7 @@ def phases_of(out: dict[str, object], came: dict[str, object]) -> dict[str, obje
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", type=Path, metavar="DIR", help="two versions of 84M parameters, and more (11 GB)")
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="two versions of 84M parameters, and more (9 GB)")
     parser.add_argument("--large", type=Path, metavar="DIR", help="two versions of 596M parameters (2.4 GB)")
     parser.add_argument("--turns", type=int, default=5, help="of link_use")
     parser.add_argument("--against-turns", type=int, default=15, help="versions that are followed")
@@ -238,6 +238,7 @@ def main() -> None:
         "--profiles", type=int, nargs="*", choices=rows, default=rows, help="of link_use, all if not named"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--check", action="store_true", help="only say what is missing")
     arguments = parser.parse_args()
     folders = [folder.resolve() for folder in (arguments.traces, arguments.large) if folder is not None]
     if len(folders) > len(set(folders)):
@@ -246,6 +247,8 @@ def main() -> None:
     if sentence := sentence_on_missing(bool(folders), [str(profile["congestion"]) for profile in profiles]):
         print(sentence, file=sys.stderr)
         raise SystemExit(os.EX_UNAVAILABLE)
+    if arguments.check:
+        return
     make("weight_traces", arguments.traces)
     make("large_pair", arguments.large)
     measure_all(arguments)

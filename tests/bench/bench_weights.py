@@ -248,7 +248,7 @@ def ahead_decoder(base: Policy, new: Policy) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--traces", type=Path, help="folder of snapshots, made if it is not there (10 GB)")
+    parser.add_argument("--traces", type=Path, help="folder of snapshots, made if it is not there (9 GB)")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,6 +9,7 @@ learning rate 0 on 2 × 16 tokens, which with betas (0.9, 0.95) is most of their
 import sys
 from pathlib import Path
 
+import torch
 from transformers import Qwen3Config
 
 from services.wire.delta import write_weights
@@ -44,6 +45,7 @@ def make_pair(folder: Path) -> None:
     if has_all((old, new), config):
         return
     folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the bits depend on it
     training = Training(config=config, rows=ROWS, tokens=TOKENS)
     for number in range(WARM_UP_STEPS):
         training.step()

@@ -24,14 +24,18 @@ def sentence_on_missing(checkpoints: bool, congestion: Iterable[str]) -> str | N
         missing.append("root, for network namespaces (sudo)")
     if not Path("/dev/net/tun").exists():
         missing.append("/dev/net/tun (modprobe tun; in a container, --device /dev/net/tun)")
-    missing += [refused(name) for name in sorted(set(congestion) - set(ALLOWED.read_text().split()))]
+    missing += [refused(name) for name in sorted(set(congestion) - set(_allowed()))]
     return f"bench_wan needs what is not here: {'; '.join(missing)}." if missing else None
 
 
 def refused(congestion: str) -> str:
     """A namespace may use what is allowed on the host only, whether or not the kernel has more."""
-    allowed = " ".join([*ALLOWED.read_text().split(), congestion])
+    allowed = " ".join([*_allowed(), congestion])
     return (
         f"{congestion} congestion control in namespaces (modprobe tcp_{congestion}; "
         f"sysctl -w net.ipv4.tcp_allowed_congestion_control='{allowed}')"
     )
+
+
+def _allowed() -> list[str]:
+    return ALLOWED.read_text().split() if ALLOWED.exists() else []

@@ -117,6 +117,7 @@ def make_traces(folder: Path) -> None:
     if has_all(wanted, model_config()):
         return
     folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the bits depend on it
     for lr, step, weights in traces():
         write_weights(weights, snapshot_path(folder, lr, step))
         print(f"lr {lr:.0e} step {step}", file=sys.stderr, flush=True)
@@ -125,9 +126,7 @@ def make_traces(folder: Path) -> None:
 def main(description: str | None, make: Callable[[Path], None]) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="made where it is not there")
-    folder = parser.parse_args().folder
-    torch.set_num_threads(1)
-    make(folder)
+    make(parser.parse_args().folder)
 
 
 if __name__ == "__main__":
