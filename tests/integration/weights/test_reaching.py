@@ -50,6 +50,19 @@ async def test_a_sampler_a_hundred_versions_behind_arrives_with_one_squashed_del
             assert [version for version, _ in sampler.engine.loaded] == [0, 100]
 
 
+async def test_a_plan_of_several_deltas_counts_as_the_version_that_it_leads_to(tmp_path: Path) -> None:
+    async with learner_site(tmp_path / "learner", codec="xc") as site:
+        history = await publish(site, 3)
+        held = (history[0], 0, root_of(history[0]))
+        async with following(tmp_path / "s", site.address, site.public_key, held=held) as sampler:
+            assert await sampler.reach(3) == root_of(history[3])
+        (plan,) = site.planner.plans
+        assert [step.target_version for step in plan.steps] == [1, 2, 3]
+        receiver = site.traffic.of("eu-1")
+        assert (receiver.versions_fetched, receiver.bytes_sent) == (1, plan.total_bytes)
+        assert receiver.bytes_full == plan.target.decoded.full_bytes
+
+
 async def test_a_fresh_sampler_arrives_with_one_plan(tmp_path: Path) -> None:
     async with learner_site(tmp_path / "learner") as site:
         history = await publish(site, 3)
