@@ -20,7 +20,9 @@ from services.runtime.config import load
 from services.runtime.config_render import render_toml
 from services.runtime.errors import ConfigError, HeteroRLError
 from services.sampler import telemetry as sampler_telemetry
+from services.sampler.config import EngineSection
 from services.sampler.tally import Tally
+from services.sampler.vllm_child.arguments import environment as vllm_environment
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -137,6 +139,16 @@ def test_each_image_starts_a_verb_that_exists_as_an_ordinary_user() -> None:
             assert_starts(words, {})
 
 
+def test_what_vllm_compiles_is_not_kept_where_nothing_may_be_run() -> None:
+    """Docker mounts a tmpfs with noexec: a compiled library that lies there cannot be loaded."""
+    mounted = compose("sampler")["services"]["sampler"]["tmpfs"]
+    (stage,) = [one for one in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE) if " AS sampler-vllm\n" in one]
+    set_here = dict(re.findall(r"(\w+)=(\S+)", stage))
+    caches = vllm_environment(EngineSection(), Path("/var/lib/heterorl/state"), set_here)
+    for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):
+        assert not any(Path(caches[name]).is_relative_to(one) for one in mounted), name
+
+
 def test_images_install_extras_that_the_project_has() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {name for group in re.findall(r"/src\[([a-z,]+)\]", DOCKERFILE) for name in group.split(",")}
@@ -182,6 +194,14 @@ def test_a_unit_notifies_and_is_watched(path: Path) -> None:
     assert directives["Type"] == ["notify"]
     assert directives["WatchdogSec"]
     assert directives["User"] == ["heterorl"]
+
+
+@pytest.mark.parametrize("role", ["learner", "sampler"])
+def test_a_unit_that_may_compile_kernels_has_a_home_that_it_can_write_to(role: str) -> None:
+    directives = unit(DEPLOY / "systemd" / f"heterorl-{role}.service")
+    assert directives["ProtectSystem"] == ["strict"]
+    (place,) = directives["StateDirectory"]
+    assert f"HOME=/var/lib/{place}" in directives["Environment"]
 
 
 @pytest.mark.parametrize("process", MACHINES)
