@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         action="append",
         metavar="NAME",
-        help="id of a sampler; repeat for more (default: sampler-1, sampler-2)",
+        help="id of a sampler; repeat for more (default: those that DIR has; sampler-1 and sampler-2 in a new one)",
     )
     dev.add_argument(
         "--host",
@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from services.wire.credentials import utc_now
     from services.wire.identity import require_id
-    from services.wire.pki import Outcome, make_dev_pki
+    from services.wire.pki import Outcome, make_dev_pki, samplers_in
 
-    samplers: list[str] = arguments.sampler or ["sampler-1", "sampler-2"]
     directory: Path = arguments.directory
+    samplers: list[str] = arguments.sampler or samplers_in(directory) or ["sampler-1", "sampler-2"]
     if len(set(samplers)) < len(samplers):
         raise UsageError("two samplers have the same name: ids must differ")
     made = make_dev_pki(directory, [require_id(name) for name in samplers], arguments.host, utc_now())

@@ -179,13 +179,27 @@ def _leaf(
     return Made(name=name, outcome=outcome, expires=end)
 
 
+def samplers_in(directory: Path) -> list[str]:
+    """Ids of the samplers that have a certificate in this folder, expired ones too."""
+    found = (path.stem for path in sorted(directory.glob("*.pem")))
+    return [name for name in found if Identity(role=Role.SAMPLER, id=name).uri in _uris(directory / f"{name}.pem")]
+
+
+def _uris(certificate: Path) -> list[str]:
+    return [name.value for name in _names_before(certificate) if isinstance(name, x509.UniformResourceIdentifier)]
+
+
 def _hosts_before(files: TlsFiles) -> list[str]:
     """Host names of the certificate that is there: a renewal that forgot one would cut off who dials it."""
+    names = _names_before(files.certificate)
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
+
+
+def _names_before(certificate: Path) -> list[x509.GeneralName]:
     try:
-        names = alternative_names(parse_certificates(read_pem(files.certificate), files.certificate)[0])
+        return list(alternative_names(parse_certificates(read_pem(certificate), certificate)[0]) or ())
     except HeteroRLError:
         return []
-    return [str(name.value) for name in names or () if isinstance(name, x509.DNSName | x509.IPAddress)]
 
 
 def _still_good(files: TlsFiles, identity: Identity, hosts: Sequence[str], now: datetime) -> datetime | None:

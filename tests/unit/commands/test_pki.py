@@ -21,6 +21,25 @@ def test_dev_makes_the_folder_and_a_second_run_says_that_nothing_changed(
     assert "everything was valid already: nothing was changed" in out
 
 
+def test_without_samplers_a_later_run_means_those_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A relay's host is added, or certificates are renewed: no credentials of samplers that nobody asked for."""
+    words = ["pki", "dev", str(tmp_path)]
+    assert main([*words, "--sampler", "eu-1", "--sampler", "us-1"]) == 0
+    (tmp_path / "us-1-key.pem").unlink()
+    capsys.readouterr()
+    assert main([*words, "--host", "relay.example.org"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert {line.split()[1].removeprefix(f"{tmp_path}/"): line.split()[0] for line in said[:-1]} == {
+        **dict.fromkeys(["ca.pem", "monitor.pem", "admin.pem", "eu-1.pem"], "kept"),
+        **dict.fromkeys(["learner.pem", "relay.pem", "us-1.pem"], "renewed"),
+    }
+
+
+def test_a_new_folder_is_for_two_samplers(tmp_path: Path):
+    assert main(["pki", "dev", str(tmp_path)]) == 0
+    assert {"sampler-1.pem", "sampler-2.pem"} < {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "code", "reason"),
     [

@@ -10,7 +10,7 @@ from cryptography import x509
 from services.runtime.errors import ConfigError, InputMissingError, RefusedError, UsageError
 from services.wire.certificates import alternative_names, check_to_dial, check_to_serve
 from services.wire.identity import Role
-from services.wire.pki import LEAF_LIFE, Outcome, make_dev_pki
+from services.wire.pki import LEAF_LIFE, Outcome, make_dev_pki, samplers_in
 from services.wire.tls import TlsFiles
 
 NOW = datetime(2026, 1, 15, 12, tzinfo=UTC)
@@ -45,6 +45,14 @@ def test_every_certificate_passes_the_check_of_its_side_with_its_role(tmp_path: 
     for name, role in {"relay": Role.RELAY, "monitor": Role.MONITOR, "admin": Role.ADMIN, "eu-1": Role.SAMPLER}.items():
         identity = check_to_dial(TlsFiles.in_directory(tmp_path, name), NOW).identity
         assert (identity.role, identity.id) == (role, name)
+
+
+def test_samplers_are_known_by_their_certificates(tmp_path: Path):
+    assert samplers_in(tmp_path / "none") == []
+    make_dev_pki(tmp_path, ["us-1", "eu-1"], [], NOW - 2 * LEAF_LIFE)
+    (tmp_path / "renamed.pem").write_bytes((tmp_path / "eu-1.pem").read_bytes())
+    (tmp_path / "damaged.pem").write_text("-----BEGIN")
+    assert samplers_in(tmp_path) == ["eu-1", "us-1"], "expired ones too: they are to be renewed"
 
 
 def test_only_those_that_serve_carry_host_names(tmp_path: Path):
