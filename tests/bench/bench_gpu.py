@@ -42,6 +42,7 @@ from services.sampler.model_weights import copy_into_model, pair_tensors
 from services.wire import torch_scan
 from services.wire.delta import Codec, Weights, compiled, iter_encode, root_of
 from services.wire.delta.codec import Comparison
+from services.wire.delta.memory import Memory
 from services.wire.torch_scan import DeviceComparison
 from tests.bench.machine import machine
 from tests.bench.weight_traces import WEIGHTS_STD
@@ -167,6 +168,7 @@ def measure(shape: str, device: torch.device, turns: int, workers: int) -> dict[
     root = root_of(base, workers)
     model_bytes = sum(tensor.nbytes for tensor in base.values())
     rows: dict[str, list[dict[str, float]]] = {}
+    host_memory = Memory()
     changed = 0
     for turn in range(turns + 1):  # the first one warms up
         move(policy)
@@ -180,7 +182,7 @@ def measure(shape: str, device: torch.device, turns: int, workers: int) -> dict[
         assert isinstance(comparison, DeviceComparison)
         host_watch = Stopwatch(device)
         with host_watch("take_s"):
-            copied = policy.wire_weights()
+            copied = policy.wire_weights(host_memory)
         taken = bus.bytes
         for codec in (Codec.SX, Codec.XC):
             bus.bytes = taken
