@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.runtime.errors import CorruptObjectError, ObjectGoneError, StorageError
+from services.runtime.errors import CorruptObjectError, ObjectGoneError
 from services.runtime.files import atomic_write_blocks, storage_errors, sync_directory
 from services.runtime.log import get_logger
 from services.wire.objects import MAX_CHUNK_BYTES, check_object_id, file_digest, object_ref_of
@@ -102,7 +102,7 @@ class ObjectStore:
                 if path.parent in self._new_folders:
                     sync_directory(self._directory)
                     self._new_folders.discard(path.parent)
-            except (OSError, StorageError):
+            except OSError:
                 self._verified.pop(ref.object_id, None)
                 path.unlink(missing_ok=True)
                 raise

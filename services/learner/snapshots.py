@@ -66,7 +66,14 @@ class Snapshots:
         assert newest is not None, "take first"
         if taken is None or newest.bits is None:
             return newest.weights, None
-        comparison = comparison_of(newest.weights, newest.bits, taken.found, self._workers, self._stream, self._memory)
+        comparison = comparison_of(
+            newest.weights,
+            newest.bits,
+            taken.found,
+            workers=self._workers,
+            stream=self._stream,
+            memory=self._memory,
+        )
         self._newest = _Version(weights=comparison.new, bits=taken.bits)
         return comparison.new, comparison
 

@@ -40,7 +40,8 @@ def to_bits(
     dtype: torch.dtype | None = torch.bfloat16,
     memory: Memory | None = None,
 ) -> dict[str, BitTensor]:
-    """A snapshot: floating tensors cast to `dtype` (None: as they are), copied to the CPU, into one block of `memory`.
+    """A snapshot: floating tensors cast to `dtype` (None: as they are), copied to the CPU, into one block of memory
+    (from `memory`, if given).
 
     Nothing in the result shares memory with the model, so that training may go on. Of tensors that are one in memory
     (tied weights) only the first name is kept. Raises InvalidWeightsError for a name or type that does not travel.

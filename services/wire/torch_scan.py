@@ -98,6 +98,7 @@ def comparison_of(
     base: Weights,
     base_bits: DeviceBits,
     found: Mapping[str, Changes],
+    *,
     workers: int = 1,
     stream: torch.cuda.Stream | None = None,
     memory: Memory | None = None,
@@ -138,18 +139,15 @@ class DeviceExponents:
             return to_host(self.fields[self._indices(positions)])
 
     def ranked(self, limits: Sequence[int], changes: Changes, changed_exponents: Exponents) -> list[Changes]:
-        with torch.cuda.stream(self.stream):
-            return self._ranked(limits, changes, changed_exponents)
-
-    def _ranked(self, limits: Sequence[int], changes: Changes, changed_exponents: Exponents) -> list[Changes]:
         groups: list[Changes] = []
-        for low, high in zip([0, *limits], [*limits, 256], strict=True):
-            mine = (changed_exponents >= low) & (changed_exponents < high)
-            members = (self.fields >= low) if high == 256 else (self.fields >= low) & (self.fields < high)
-            counted = torch.cumsum(members, 0, dtype=torch.int32)
-            ranks = counted[self._indices(changes.positions[mine])] - 1
-            count = int(counted[-1])
-            groups.append(Changes(count=count, positions=_positions(ranks), differences=changes.differences[mine]))
+        with torch.cuda.stream(self.stream):
+            for low, high in zip([0, *limits], [*limits, 256], strict=True):
+                mine = (changed_exponents >= low) & (changed_exponents < high)
+                members = (self.fields >= low) if high == 256 else (self.fields >= low) & (self.fields < high)
+                counted = torch.cumsum(members, 0, dtype=torch.int32)
+                ranks = counted[self._indices(changes.positions[mine])] - 1
+                count = int(counted[-1])
+                groups.append(Changes(count=count, positions=_positions(ranks), differences=changes.differences[mine]))
         return groups
 
     def _indices(self, positions: Positions) -> torch.Tensor:

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -31,6 +30,7 @@ from services.sampler.engine_vllm import VllmEngine
 from services.sampler.vllm_child.arguments import engine_arguments, environment
 from services.wire.delta import BitTensor, read_weights, root_of
 from services.wire.types import SamplingSettings
+from tests.bench.machine import machine
 
 PROMPTS, GROUP, TOKENS, ROWS = 16, 8, 128, 128
 SHAPES = {
@@ -217,23 +217,17 @@ async def _keep_full(engine: VllmEngine, seed: int) -> None:
         await engine.generate(request)
 
 
-def machine(device: str) -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "device": device,
-        "note": "on a CPU float32 and one thread, on a GPU bfloat16",
-    }
-
-
 async def run(arguments: argparse.Namespace) -> dict[str, object]:
     device = str(arguments.device)
-    result: dict[str, object] = {"machine": machine(device), "swaps": []}
+    result: dict[str, object] = {
+        "machine": {
+            **machine(),
+            "memory_gb": round(psutil.virtual_memory().total / 2**30),
+            "device": device,
+            "note": "on a CPU float32 and one thread, on a GPU bfloat16",
+        },
+        "swaps": [],
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for size in arguments.sizes:

@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine that it ran on."""
+"""What a benchmark says of the machine that it ran on."""
 
 import os
 import platform

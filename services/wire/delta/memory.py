@@ -24,8 +24,8 @@ class Memory:
         try:
             block = self._spare.pop()
         except IndexError:
-            block = np.empty(size, np.uint8)
-        if block.size != size:
+            block = None
+        if block is None or block.size != size:
             block = np.empty(size, np.uint8)
         # An array over a buffer of another type: views of it keep it alive, and not only the block that it stands on.
         lent = np.frombuffer(block.data, np.uint8)
